@@ -1,0 +1,559 @@
+"""Run configuration: dataclass defaults < YAML file < ``key=value`` arguments.
+
+This module knows names, types and ranges; it imports no model code. What a boundary policy's
+options mean is known by ``attamba.ops.chunking`` alone and is checked when a model is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, Union
+
+Backend = Literal["auto", "torch", "reference"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the text names the field, the value and the remedy."""
+
+
+# --------------------------------------------------------------------------------------------
+# Mixers: the part of a layer that mixes over time
+# --------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class TransformerMixer:
+    """Softmax attention over per-token keys and values."""
+
+    type: Literal["transformer"] = "transformer"
+    n_heads: int = 8
+    """H, query heads."""
+    n_kv_heads: int | None = None
+    """G, key/value heads; divides n_heads. Default: n_heads."""
+    head_dim: int | None = None
+    """D, width of a head (even). Default: dim / n_heads. Smaller: reduced attention width."""
+    window: int | None = None
+    """Keys a query sees, ITSELF INCLUDED (a sliding window). Default: all earlier tokens."""
+    backend: Backend = "auto"
+    """How attention is computed; see attamba.ops."""
+
+    def validate(self, dim: int, where: str) -> None:
+        _check_heads(self, dim, where)
+        if self.window is not None:
+            _at_least(self.window, 1, f"{where}.window")
+
+
+@dataclass(kw_only=True)
+class AttambaMixer:
+    """Attention over chunk states plus the last tokens (arXiv 2411.17685)."""
+
+    type: Literal["attamba"] = "attamba"
+    n_heads: int = 8
+    """H, query heads."""
+    n_kv_heads: int | None = None
+    """G, key/value heads; divides n_heads. Default: n_heads. Fewer need kv_proj."""
+    head_dim: int | None = None
+    """D, width of a head (even). Default: dim / n_heads. Without kv_proj, G * D must be dim."""
+    chunk_size: int = 8
+    """P, tokens per chunk (the mean, for policies of variable length)."""
+    leading_tokens: int | None = 64
+    """L, EARLIER tokens that a query sees one by one, besides itself. null: all of them."""
+    boundary: str | dict[str, Any] = "cyclic"
+    """Boundary policy: a name, or {"type": name, option: value, ...}; see ops.chunking."""
+    ssm_scope: Literal["chunk", "sequence"] = "chunk"
+    """Does the compressor's state start afresh with each chunk, or run through?"""
+    sink: bool = True
+    """Position 0 of a document is a chunk of its own."""
+    kv_proj: bool = False
+    """Linear map on the path around the compressor (r in k = r(u) + SSM(u)); else identity."""
+    state_dim: int = 32
+    """N, SSM state per channel."""
+    ssm_dim: int | None = None
+    """E, inner width of each compressor. Default: dim / 2."""
+    ssm_heads: int = 8
+    """S, SSM heads; divides ssm_dim."""
+    conv_width: int = 4
+    """Taps of the causal convolution, the current token's included."""
+    backend: Backend = "auto"
+    """How attention and scan are computed; see attamba.ops."""
+
+    def validate(self, dim: int, where: str) -> None:
+        _check_heads(self, dim, where)
+        _at_least(self.chunk_size, 1, f"{where}.chunk_size")
+        if self.leading_tokens is not None:
+            _at_least(
+                self.leading_tokens, 0, f"{where}.leading_tokens", "; null means all earlier tokens"
+            )
+        for name in ("state_dim", "ssm_heads", "conv_width"):
+            _at_least(getattr(self, name), 1, f"{where}.{name}")
+        heads, width = self.n_kv_heads or self.n_heads, self.head_dim or dim // self.n_heads
+        if not self.kv_proj and heads * width != dim:
+            raise ConfigError(
+                f"{where}: n_kv_heads * head_dim = {heads} * {width} = {heads * width} must equal "
+                f"dim = {dim} when kv_proj is false, because keys and values are the hidden state "
+                f"itself plus the compressor's output; set {where}.kv_proj=true or fit the heads"
+            )
+        if self.ssm_dim is not None:
+            _at_least(self.ssm_dim, 1, f"{where}.ssm_dim")
+        if (self.ssm_dim or dim // 2) % self.ssm_heads:
+            raise ConfigError(
+                f"{where}.ssm_heads={self.ssm_heads} does not divide "
+                f"ssm_dim={self.ssm_dim or dim // 2}"
+            )
+        name = self.boundary if isinstance(self.boundary, str) else self.boundary.get("type")
+        if name is None:
+            raise ConfigError(f'{where}.boundary={self.boundary} needs a "type"')
+        if name == "head_cyclic" and self.ssm_scope != "sequence":
+            raise ConfigError(
+                f"{where}.boundary=head_cyclic needs {where}.ssm_scope=sequence (each head has "
+                f"its own chunk ends, so states must not depend on them)"
+            )
+
+
+Mixer = AttambaMixer | TransformerMixer
+MIXERS: dict[str, type] = {"attamba": AttambaMixer, "transformer": TransformerMixer}
+
+
+# --------------------------------------------------------------------------------------------
+# Model, data, optimisation, run
+# --------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """A decoder-only language model. Raises ConfigError where fields do not fit together."""
+
+    vocab_size: int = 256
+    """V, tokens."""
+    dim: int = 512
+    """d, model width."""
+    n_layers: int = 8
+    """n, layers."""
+    ffn_dim: int | None = None
+    """Inner width of SwiGLU. Default: 3 * dim."""
+    mixer: Mixer | list[Mixer] = field(default_factory=AttambaMixer)
+    """One mixer for all layers, or a list that is cycled over them (a hybrid)."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary position embedding."""
+    norm_eps: float = 1e-5
+    """Epsilon of every RMSNorm."""
+    tie_embeddings: bool = False
+    """Share the input embedding with the output head."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.mixer, (list, tuple)):
+            if not self.mixer:
+                raise ConfigError("mixer=[] is empty; give one mixer or a list of at least one")
+            self.mixer = [_mixer(m, f"mixer.{i}") for i, m in enumerate(self.mixer)]
+        else:
+            self.mixer = _mixer(self.mixer, "mixer")
+        self.validate()
+
+    def validate(self) -> None:
+        for name in ("vocab_size", "dim", "n_layers"):
+            _at_least(getattr(self, name), 1, name)
+        if self.ffn_dim is not None:
+            _at_least(self.ffn_dim, 1, "ffn_dim")
+        if isinstance(self.mixer, list):
+            for i, mixer in enumerate(self.mixer):
+                mixer.validate(self.dim, f"mixer.{i}")
+        else:
+            self.mixer.validate(self.dim, "mixer")
+
+    def layer_mixers(self) -> list[Mixer]:
+        """The mixer of each layer, n_layers of them."""
+        mixers = self.mixer if isinstance(self.mixer, list) else [self.mixer]
+        return [mixers[i % len(mixers)] for i in range(self.n_layers)]
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What is trained and validated on."""
+
+    train: str | list[str] = ""
+    """A folder made by `attamba data prepare`, or text files and folders (prepared on the fly)."""
+    valid: str | list[str] | None = None
+    """As train. Default: the last valid_fraction of the training tokens is held out."""
+    valid_fraction: float = 0.02
+    """Share held out where valid is not given; 0 for none."""
+    tokenizer: str = "bytes"
+    """For text: bytes, a tokenizer.json, or a SentencePiece .model."""
+    seq_len: int = 1024
+    """T, tokens per row."""
+    batch_size: int = 16
+    """Rows per optimizer step, over all accumulation steps."""
+    doc_mask: bool = True
+    """Documents packed into one row do not see each other."""
+
+    def validate(self) -> None:
+        _at_least(self.seq_len, 1, "data.seq_len")
+        _at_least(self.batch_size, 1, "data.batch_size")
+        if not 0 <= self.valid_fraction < 1:
+            raise ConfigError(f"data.valid_fraction={self.valid_fraction} must be in [0, 1)")
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: float = 3e-3
+    """Peak learning rate."""
+    min_lr_ratio: float = 1e-6
+    """Final learning rate over the peak."""
+    warmup_steps: int = 200
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.033
+    """On matrices; none on vectors and embeddings' gains."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay rates of the moments."""
+    eps: float = 1e-8
+    """Denominator's epsilon."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 for no clipping."""
+
+    def validate(self) -> None:
+        if not self.lr > 0:
+            raise ConfigError(f"optim.lr={self.lr} must be above 0")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ConfigError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
+        _at_least(self.warmup_steps, 0, "optim.warmup_steps")
+        for name in ("weight_decay", "grad_clip", "min_lr_ratio"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    accumulate: int = 1
+    """Forward/backward passes per step; divides data.batch_size."""
+    seed: int = 0
+    """Initial weights, data order, random boundaries."""
+    device: str = "auto"
+    """auto (CUDA if there is one, else CPU), cpu, cuda, cuda:1, ..."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast; weights and optimizer stay float32."""
+    compile: bool = False
+    """torch.compile the model."""
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl."""
+    eval_every: int = 250
+    """Steps between validations; 0 for none but the last."""
+    eval_rows: int = 64
+    """Rows of seq_len per validation; the same ones each time."""
+    save_every: int = 500
+    """Steps between checkpoints; 0 for none but the last."""
+    keep: int = 2
+    """Checkpoints kept."""
+    tensorboard: bool = False
+    """Write event files beside the metrics."""
+    progress: bool = True
+    """Show a live bar with loss, tokens/s and time left (lines where there is no terminal)."""
+
+    def validate(self) -> None:
+        for name in ("steps", "accumulate", "log_every", "eval_rows", "keep"):
+            _at_least(getattr(self, name), 1, f"train.{name}")
+        for name in ("eval_every", "save_every", "seed"):
+            _at_least(getattr(self, name), 0, f"train.{name}")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything that `attamba train` needs."""
+
+    out: str = "runs/first"
+    """Folder of the run: config, metrics, checkpoints."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    SHORTCUTS: ClassVar[dict[str, str]] = {"mixer": "model.mixer"}
+    """First parts of keys that may be written without their section."""
+
+    def validate(self) -> None:
+        self.model.validate()
+        self.data.validate()
+        self.optim.validate()
+        self.train.validate()
+        if self.data.batch_size % self.train.accumulate:
+            raise ConfigError(
+                f"train.accumulate={self.train.accumulate} does not divide "
+                f"data.batch_size={self.data.batch_size}"
+            )
+
+
+# --------------------------------------------------------------------------------------------
+# Reading and writing
+# --------------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Defaults, then the YAML file at `path`, then `overrides` ("optim.lr=1e-3").
+
+    Raises ConfigError for an unknown key (naming the nearest), a value of the wrong type, or
+    fields that do not fit together; FileNotFoundError for a missing file.
+    """
+    import yaml
+
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path} must hold keys and values, not {type(tree).__name__}")
+    config = from_dict(RunConfig, apply_overrides(tree, parse_overrides(overrides)))
+    config.validate()
+    return config
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """["a.b=1", "c=[x]"] -> {"a.b": 1, "c": ["x"]}; values are read as YAML.
+
+    Raises ConfigError for an argument without "=".
+    """
+    import yaml
+
+    overrides = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{argument!r} is not of the form key=value")
+        try:
+            value = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}: cannot read {text!r}: {error}") from error
+        if isinstance(value, str):  # YAML 1.1 takes 1e-3 for a string
+            try:
+                value = float(value) if any(c.isdigit() for c in value) else value
+            except ValueError:
+                pass
+        overrides[key] = value
+    return overrides
+
+
+def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """`tree` with dotted keys set. A key below a list of mixers goes to each that has the field."""
+    tree = _copy(tree)
+    for key, value in overrides.items():
+        head, _, rest = key.partition(".")
+        path = (RunConfig.SHORTCUTS.get(head, head) + ("." + rest if rest else "")).split(".")
+        _set(tree, path, value, key)
+    return tree
+
+
+def override_model(config: ModelConfig, overrides: dict[str, Any]) -> ModelConfig:
+    """`config` with dotted keys set ("mixer.chunk_size", "model.mixer.boundary", ...)."""
+    tree = apply_overrides({"model": to_dict(config)}, overrides)
+    others = sorted(set(tree) - {"model"})
+    if others:
+        _unknown(others[0], ["model", "mixer"], "model")
+    return from_dict(ModelConfig, tree["model"], "model")
+
+
+def from_dict(cls: type[T], tree: dict[str, Any], where: str = "") -> T:
+    """Build a config dataclass from nested dictionaries.
+
+    Raises ConfigError for an unknown key (naming the nearest) or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values = {}
+    for key, value in tree.items():
+        if key not in fields:
+            _unknown(f"{where}.{key}" if where else str(key), list(fields), where)
+        values[key] = _coerce(hints[key], value, f"{where}.{key}" if where else key)
+    return cls(**values)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain dictionaries, lists and scalars; from_dict reads it back."""
+    return dataclasses.asdict(config)
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Field name -> default value of a config dataclass."""
+    out = {}
+    for f in dataclasses.fields(cls):
+        if f.default is not MISSING:
+            out[f.name] = f.default
+        elif f.default_factory is not MISSING:
+            out[f.name] = f.default_factory()
+    return out
+
+
+def _mixer(value: Any, where: str) -> Mixer:
+    if isinstance(value, tuple(MIXERS.values())):
+        return value
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f'{where}={value!r} must be a dictionary with a "type", e.g. {{"type": "attamba"}}'
+        )
+    name = value.get("type", "attamba")
+    if name not in MIXERS:
+        nearest = difflib.get_close_matches(str(name), MIXERS, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ConfigError(
+            f"{where}.type={name!r} is not a mixer (there are: {', '.join(MIXERS)}){hint}"
+        )
+    return from_dict(MIXERS[name], value, where)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """`value` as `hint` asks, or a ConfigError."""
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType):
+        options = typing.get_args(hint)
+        if any(o in MIXERS.values() for o in options):
+            if isinstance(value, list):
+                return [_mixer(v, f"{where}.{i}") for i, v in enumerate(value)]
+            return _mixer(value, where)
+        for option in options:
+            try:
+                return _coerce(option, value, where)
+            except ConfigError:
+                continue
+    elif origin is Literal:
+        if value in typing.get_args(hint):
+            return value
+        nearest = difflib.get_close_matches(str(value), [str(a) for a in typing.get_args(hint)], 1)
+        hint_text = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        choices = ", ".join(map(str, typing.get_args(hint)))
+        raise ConfigError(f"{where}={value!r} must be one of: {choices}{hint_text}")
+    elif origin is list and isinstance(value, (list, tuple)):
+        return [_coerce(typing.get_args(hint)[0], v, f"{where}.{i}") for i, v in enumerate(value)]
+    elif origin is dict and isinstance(value, dict):
+        return dict(value)
+    elif dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):  # type: ignore[arg-type]
+            return value
+        if isinstance(value, dict):
+            return from_dict(hint, value, where)  # type: ignore[arg-type]
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif hint is bool:
+        if isinstance(value, bool):
+            return value
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+    elif hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if math.isfinite(value):
+                return float(value)
+        elif isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    elif hint is str and isinstance(value, str):
+        return value
+    raise ConfigError(f"{where}={value!r} must be {_describe(hint)}")
+
+
+def _describe(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(o) for o in typing.get_args(hint))
+    if origin is list:
+        return f"a list of {_describe(typing.get_args(hint)[0])}"
+    names = {
+        type(None): "null",
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+    }
+    if hint in names:
+        return names[hint]
+    return "a dictionary" if origin is dict or dataclasses.is_dataclass(hint) else str(hint)
+
+
+def _set(tree: Any, path: list[str], value: Any, key: str) -> None:
+    """Set tree[path] = value, making dictionaries on the way."""
+    head, *rest = path
+    if isinstance(tree, list):
+        if head.isdigit():
+            if int(head) >= len(tree):
+                raise ConfigError(f"{key}: the list has {len(tree)} entries, counted from 0")
+            if rest:
+                _set(tree[int(head)], rest, value, key)
+            else:
+                tree[int(head)] = value
+            return
+        takers = [t for t in tree if _takes(t, head)]
+        if not takers:
+            _unknown(key, sorted({n for t in tree for n in _field_names(t)}), key)
+        for taker in takers:
+            _set(taker, path, value, key)
+        return
+    if not rest:
+        tree[head] = value
+        return
+    child = tree.get(head)
+    if isinstance(child, str) and head == "boundary":
+        child = {"type": child}
+    if not isinstance(child, (dict, list)):
+        child = {}
+    tree[head] = child
+    _set(child, rest, value, key)
+
+
+def _field_names(mixer: dict[str, Any]) -> list[str]:
+    cls = MIXERS.get(mixer.get("type", "attamba"))
+    return [f.name for f in dataclasses.fields(cls)] if cls else []
+
+
+def _takes(mixer: Any, name: str) -> bool:
+    return isinstance(mixer, dict) and name in _field_names(mixer)
+
+
+def _copy(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {k: _copy(v) for k, v in tree.items()}
+    return [_copy(v) for v in tree] if isinstance(tree, list) else tree
+
+
+def _unknown(key: str, known: Sequence[str], where: str) -> typing.NoReturn:
+    nearest = difflib.get_close_matches(key.rsplit(".", 1)[-1], known, n=1, cutoff=0.4)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known)}"
+    raise ConfigError(f"unknown key {key!r}{hint}")
+
+
+def _at_least(value: int, least: int, name: str, extra: str = "") -> None:
+    if value < least:
+        raise ConfigError(f"{name}={value} must be at least {least}{extra}")
+
+
+def _check_heads(mixer: Any, dim: int, where: str) -> None:
+    _at_least(mixer.n_heads, 1, f"{where}.n_heads")
+    if mixer.n_kv_heads is not None:
+        _at_least(mixer.n_kv_heads, 1, f"{where}.n_kv_heads")
+        if mixer.n_heads % mixer.n_kv_heads:
+            raise ConfigError(
+                f"{where}.n_kv_heads={mixer.n_kv_heads} does not divide n_heads={mixer.n_heads}"
+            )
+    if mixer.head_dim is None and dim % mixer.n_heads:
+        raise ConfigError(
+            f"{where}.n_heads={mixer.n_heads} does not divide dim={dim}; set {where}.head_dim"
+        )
+    width = mixer.head_dim if mixer.head_dim is not None else dim // mixer.n_heads
+    if width < 2 or width % 2:
+        raise ConfigError(f"{where}.head_dim={width} must be even and at least 2 (rotary halves)")

@@ -1,0 +1,54 @@
+"""Mixer "transformer": softmax attention over per-token keys and values.
+
+Shapes: B batch, T tokens, d model width, H query heads, G key/value heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from attamba.config import TransformerMixer
+from attamba.modules.cache import KVCache, LayerCache
+from attamba.modules.layers import Rotary, linear, rotate
+from attamba.ops import chunk_attention
+from attamba.ops.chunking import Span
+
+
+class Attention(nn.Module):
+    """Full or sliding-window attention; grouped-query heads; any head width.
+
+    A sliding window is chunk attention in which no token ends a chunk.
+    """
+
+    def __init__(self, config: TransformerMixer, dim: int, rope_theta: float) -> None:
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.n_kv_heads = config.n_kv_heads or config.n_heads
+        self.head_dim = config.head_dim or dim // config.n_heads
+        self.window, self.backend = config.window, config.backend
+        # chunk attention counts the tokens before the query, `window` counts the query as well
+        self.lead = None if config.window is None else config.window - 1
+        self.wq = linear(dim, self.n_heads * self.head_dim)
+        self.wkv = linear(dim, 2 * self.n_kv_heads * self.head_dim)
+        self.wo = linear(self.n_heads * self.head_dim, dim)
+        self.rotary = Rotary(self.head_dim, rope_theta)
+
+    def forward(
+        self, x: Tensor, span: Span, cache: LayerCache | None = None, given: Tensor | None = None
+    ) -> Tensor:
+        """x: [B, T, d] -> [B, T, d]. `given` ends do not concern this mixer."""
+        q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
+        k, v = self.wkv(x).unflatten(-1, (2, self.n_kv_heads, self.head_dim)).unbind(2)
+        rotary = self.rotary(span.positions)
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is None:
+            y = chunk_attention(q, k, v, None, self.lead, span.doc_ids, backend=self.backend)
+        else:
+            ends = torch.zeros(1, 1, x.shape[1], dtype=torch.bool, device=x.device)
+            y = cache.kv.attend(q, k, v, ends, span, self.lead)
+        return self.wo(y.flatten(2))
+
+    def new_cache(self, batch: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
+        kv = KVCache(batch, self.n_kv_heads, self.head_dim, self.window, False, dtype, device)
+        return LayerCache(kv)

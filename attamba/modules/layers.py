@@ -1,0 +1,72 @@
+"""Norm, feed-forward, rotary positions, initialisation.
+
+Shapes: B batch, T tokens, d model width, H heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class SwiGLU(nn.Module):
+    """W2 (SiLU(W1 x) * W3 x)  (arXiv 2002.05202); W1 and W3 are one matrix."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w13 = linear(dim, 2 * hidden)
+        self.w2 = linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, -1)
+        return self.w2(F.silu(gate) * up)
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding (arXiv 2104.09864), first half against second half."""
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        super().__init__()
+        self.head_dim, self.theta = head_dim, theta
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, float32 [B or 1, T, 1, D/2], of int64 positions [B or 1, T].
+
+        Angles are float64: at position 200,000 float32 would be a hundredth of a radian off.
+        """
+        exponent = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float64)
+        angle = positions[..., None, None] * self.theta ** (-exponent / self.head_dim)
+        return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """x: [B, T, H, D] turned by its position; computed in float32, returned in x's dtype."""
+    cos, sin = rotary
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear map without bias, drawn with standard deviation inputs ** -0.5."""
+    layer = nn.Linear(inputs, outputs, bias=False)
+    trunc_normal_(layer.weight, inputs)
+    return layer
+
+
+def trunc_normal_(weight: Tensor, fan_in: int) -> None:
+    """Normal of standard deviation fan_in ** -0.5, cut at three of them."""
+    std = fan_in**-0.5
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)

@@ -1,0 +1,68 @@
+"""Softmax attention over chunk ends and a window of recent tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from attamba.ops.chunk_attention.reference import chunk_attention_reference
+from attamba.ops.chunk_attention.torch import chunk_attention_torch
+from attamba.ops.chunking import normalize_ends
+
+BACKENDS = {
+    "auto": chunk_attention_torch,
+    "torch": chunk_attention_torch,
+    "reference": chunk_attention_reference,
+}
+
+
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends: Tensor | None,
+    leading_tokens: int | None,
+    doc_ids: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention to the last L tokens and to earlier chunk ends (arXiv 2411.17685, section 3).
+
+    Query t sees key s of its document if t - L <= s <= t, or if s < t - L and s ends a chunk.
+
+    Args:
+        q: [B, Tq, H, D]. The queries stand at the last Tq of the Tk key positions.
+        k, v: [B, Tk, G, D] with Tk >= Tq and H a multiple of G (grouped-query heads).
+        ends: bool [Tk], [B, Tk] or [B, G, Tk], the positions that end a chunk; None for nowhere
+            (a sliding window).
+        leading_tokens: L >= 0, EARLIER tokens seen besides the query's own; None for all of them.
+        doc_ids: int [B, Tk], packed documents: a change of id starts a new one. None for one.
+        scale: factor of the scores. Default: D ** -0.5.
+        backend: see attamba.ops. Scores and softmax are float32 in all of them.
+
+    Returns [B, Tq, H, D] in q's dtype. Raises ValueError where shapes disagree or L < 0.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} must be one of: {', '.join(BACKENDS)}")
+    if leading_tokens is not None and leading_tokens < 0:
+        raise ValueError(f"leading_tokens={leading_tokens} must be at least 0, or None for all")
+    batch, n_queries, heads, width = q.shape
+    n_keys, kv_heads = k.shape[1:3]
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != width:
+        raise ValueError(
+            f"k {list(k.shape)} and v {list(v.shape)} must both be [B, Tk, G, D] "
+            f"with B={batch}, D={width}"
+        )
+    if n_keys < n_queries or heads % kv_heads:
+        raise ValueError(
+            f"q {list(q.shape)} has more positions than k {list(k.shape)}, "
+            f"or heads that {kv_heads} key/value heads do not divide"
+        )
+    if doc_ids is not None and tuple(doc_ids.shape) != (batch, n_keys):
+        raise ValueError(f"doc_ids has shape {list(doc_ids.shape)}, expected {[batch, n_keys]}")
+    if ends is None:
+        ends = q.new_zeros(1, 1, n_keys).bool()
+    else:
+        ends = normalize_ends(ends, batch, kv_heads, n_keys)
+    return BACKENDS[backend](
+        q, k, v, ends, leading_tokens, doc_ids, width**-0.5 if scale is None else scale
+    )

@@ -1,0 +1,72 @@
+"""State-space scan whose state starts afresh where chunks or documents start."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from attamba.ops.chunk_scan.reference import chunk_scan_reference
+from attamba.ops.chunk_scan.torch import chunk_scan_torch
+
+BACKENDS = {
+    "auto": chunk_scan_torch,
+    "torch": chunk_scan_torch,
+    "reference": chunk_scan_reference,
+}
+
+
+def chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    starts: Tensor,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The selective scan of Mamba-2 (arXiv 2405.21060, section 7) with resets.
+
+        h_t = exp(A dt_t) h_(t-1) + dt_t B_t x_t^T,   y_t = C_t h_t + D x_t
+
+    and h_(t-1) is taken as zero where t starts a chunk.
+
+    Args:
+        x: [B, T, S, W], input of S heads of width W, any float dtype.
+        dt: [B, T, S], step sizes, not negative. Zero freezes the state (padding).
+        A: [S], negative rates.
+        B, C: [B, T, N] shared by all heads, or [B, T, K, N] for K groups of S/K heads.
+        starts: bool [T] or [B, T].
+        D: [S], skip; None for none.
+        initial_state: float32 [B, S, N, W]; None for zeros.
+        return_final_state: also return h after the last token, float32 [B, S, N, W].
+        backend: see attamba.ops. State and decays are float32 in all of them.
+
+    Returns y, like x, and the final state if asked for. Raises ValueError where shapes disagree.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} must be one of: {', '.join(BACKENDS)}")
+    batch, seq, heads, width = x.shape
+    B, C = (t[:, :, None] if t.dim() == 3 else t for t in (B, C))
+    groups, state_dim = B.shape[2:]
+    starts = starts[None] if starts.dim() == 1 else starts
+    shapes = {
+        "dt": (dt, [(batch, seq, heads)]),
+        "A": (A, [(heads,)]),
+        "B": (B, [(batch, seq, groups, state_dim)]),
+        "C": (C, [(batch, seq, groups, state_dim)]),
+        "starts": (starts, [(1, seq), (batch, seq)]),
+        "D": (D, [(heads,)]),
+        "initial_state": (initial_state, [(batch, heads, state_dim, width)]),
+    }
+    for name, (tensor, allowed) in shapes.items():
+        if tensor is not None and tuple(tensor.shape) not in allowed:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, expected {list(allowed[-1])} "
+                f"for x of shape {list(x.shape)}"
+            )
+    if heads % groups:
+        raise ValueError(f"B has {groups} groups, which do not divide the {heads} heads of x")
+    y, state = BACKENDS[backend](x, dt, A, B, C, starts, D, initial_state)
+    return (y, state) if return_final_state else y
