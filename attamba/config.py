@@ -6,13 +6,14 @@ options mean is known by ``attamba.ops.chunking`` alone and is checked when a mo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union
 
@@ -107,10 +108,10 @@ class AttambaMixer:
                 f"{where}.ssm_heads={self.ssm_heads} does not divide "
                 f"ssm_dim={self.ssm_dim or dim // 2}"
             )
-        name = self.boundary if isinstance(self.boundary, str) else self.boundary.get("type")
-        if name is None:
+        policy = self.boundary if isinstance(self.boundary, str) else self.boundary.get("type")
+        if policy is None:
             raise ConfigError(f'{where}.boundary={self.boundary} needs a "type"')
-        if name == "head_cyclic" and self.ssm_scope != "sequence":
+        if policy == "head_cyclic" and self.ssm_scope != "sequence":
             raise ConfigError(
                 f"{where}.boundary=head_cyclic needs {where}.ssm_scope=sequence (each head has "
                 f"its own chunk ends, so states must not depend on them)"
@@ -118,7 +119,10 @@ class AttambaMixer:
 
 
 Mixer = AttambaMixer | TransformerMixer
-MIXERS: dict[str, type] = {"attamba": AttambaMixer, "transformer": TransformerMixer}
+MIXERS: dict[str, type[AttambaMixer] | type[TransformerMixer]] = {
+    "attamba": AttambaMixer,
+    "transformer": TransformerMixer,
+}
 
 
 # --------------------------------------------------------------------------------------------
@@ -338,10 +342,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise ConfigError(f"{key}: cannot read {text!r}: {error}") from error
         if isinstance(value, str):  # YAML 1.1 takes 1e-3 for a string
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(value) if any(c.isdigit() for c in value) else value
-            except ValueError:
-                pass
         overrides[key] = value
     return overrides
 
@@ -385,19 +387,8 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def defaults(cls: type) -> dict[str, Any]:
-    """Field name -> default value of a config dataclass."""
-    out = {}
-    for f in dataclasses.fields(cls):
-        if f.default is not MISSING:
-            out[f.name] = f.default
-        elif f.default_factory is not MISSING:
-            out[f.name] = f.default_factory()
-    return out
-
-
 def _mixer(value: Any, where: str) -> Mixer:
-    if isinstance(value, tuple(MIXERS.values())):
+    if isinstance(value, (AttambaMixer, TransformerMixer)):
         return value
     if not isinstance(value, dict):
         raise ConfigError(

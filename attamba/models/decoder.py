@@ -98,9 +98,7 @@ class Decoder(nn.Module):
         x = self.norm(x)
         return x if return_hidden else self.head(x)
 
-    def new_cache(
-        self, batch_size: int = 1, dtype: torch.dtype | None = None
-    ) -> DecodeCache:
+    def new_cache(self, batch_size: int = 1, dtype: torch.dtype | None = None) -> DecodeCache:
         """An empty decode cache on the model's device.
 
         dtype: of keys and values. Default: the model's. Raises ValueError for a batch_size below
@@ -110,7 +108,11 @@ class Decoder(nn.Module):
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         weight = self.embed.weight
         dtype = dtype or weight.dtype
-        layers = [b.mixer.new_cache(batch_size, dtype, weight.device) for b in self.layers]
+        layers = [
+            layer.mixer.new_cache(batch_size, dtype, weight.device)
+            for layer in self.layers
+            if isinstance(layer, Block)
+        ]
         lengths = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
         return DecodeCache(layers, lengths, self.config.vocab_size)
 

@@ -9,17 +9,18 @@ Shapes: B batch, T tokens, d model width, H query heads, G key/value heads, D wi
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attamba.config import AttambaMixer
 from attamba.modules.cache import KVCache, LayerCache
 from attamba.modules.compressor import Compressors
 from attamba.modules.layers import Rotary, linear, rotate
+from attamba.modules.mixer import TimeMixer
 from attamba.ops import chunk_attention
 from attamba.ops.chunking import Span, chunk_starts, make_boundary
 
 
-class ChunkAttention(nn.Module):
+class ChunkAttention(TimeMixer):
     """One Attamba mixer. Its chunk ends follow from the config and the layer's place."""
 
     def __init__(

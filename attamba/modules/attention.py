@@ -6,16 +6,17 @@ Shapes: B batch, T tokens, d model width, H query heads, G key/value heads, D wi
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attamba.config import TransformerMixer
 from attamba.modules.cache import KVCache, LayerCache
 from attamba.modules.layers import Rotary, linear, rotate
+from attamba.modules.mixer import TimeMixer
 from attamba.ops import chunk_attention
 from attamba.ops.chunking import Span
 
 
-class Attention(nn.Module):
+class Attention(TimeMixer):
     """Full or sliding-window attention; grouped-query heads; any head width.
 
     A sliding window is chunk attention in which no token ends a chunk.

@@ -57,9 +57,7 @@ class KVCache:
         self.last_end = torch.zeros(batch, dtype=torch.bool, device=device)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {
-            name: getattr(self, name) for name in ("k", "v", "n_past", "ring_ends", "last_end")
-        }
+        return {name: getattr(self, name) for name in ("k", "v", "n_past", "ring_ends", "last_end")}
 
     def used_bytes(self, lengths: Tensor) -> int:
         """Bytes of the keys and values that are held."""
@@ -112,7 +110,7 @@ class KVCache:
     ) -> None:
         """Each new token pushes out the one R before it, from the ring or from this very call."""
         assert self.window is not None
-        batch, seq = positions.shape
+        seq = positions.shape[1]
         leaving = positions - self.window
         was_held = leaving < offsets[:, None]
         token = torch.arange(seq, device=k.device) - self.window  # of a leaver from this call

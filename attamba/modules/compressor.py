@@ -91,9 +91,7 @@ class Compressors(nn.Module):
         k, v = y.unflatten(1, (batch, seq)).unbind(0)
         return k, v
 
-    def _conv(
-        self, x: Tensor, starts: Tensor, span: Span, state: CompressorState | None
-    ) -> Tensor:
+    def _conv(self, x: Tensor, starts: Tensor, span: Span, state: CompressorState | None) -> Tensor:
         """Causal depthwise convolution that sees nothing before a start. x: [B, T, channels]."""
         reach, seq = self.conv_width - 1, x.shape[1]
         inputs = F.pad(x, (0, 0, reach, 0)) if state is None else _join(state.conv, x, span)

@@ -99,11 +99,12 @@ def _backward(
     past.scatter_add(dk, dk_past)
     past.scatter_add(dv, dv_past)
     dq = dq.flatten(1, 2).transpose(1, 2).contiguous()
-    return dq, *(t.transpose(1, 2).to(k.dtype).contiguous() for t in (dk, dv))
+    dk, dv = (t.transpose(1, 2).to(k.dtype).contiguous() for t in (dk, dv))
+    return dq, dk, dv
 
 
 @_forward.register_fake
-def _(q, k, v, ends, doc_ids, lead, scale):  # type: ignore[no-untyped-def]
+def _(q, k, v, ends, doc_ids, lead, scale):
     batch, n_queries, n_heads, _ = q.shape
     groups = k.shape[2]
     lse = q.new_empty(batch, groups, n_heads // groups, n_queries, dtype=torch.float32)
@@ -111,16 +112,16 @@ def _(q, k, v, ends, doc_ids, lead, scale):  # type: ignore[no-untyped-def]
 
 
 @_backward.register_fake
-def _(d_out, q, k, v, ends, doc_ids, out, lse, lead, scale):  # type: ignore[no-untyped-def]
+def _(d_out, q, k, v, ends, doc_ids, out, lse, lead, scale):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output):
     q, k, v, ends, doc_ids, ctx.lead, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, ends, doc_ids, *output)
 
 
-def _grad(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
+def _grad(ctx, d_out, d_lse):
     q, k, v, ends, doc_ids, out, lse = ctx.saved_tensors
     dq, dk, dv = _backward(d_out, q, k, v, ends, doc_ids, out, lse, ctx.lead, ctx.scale)
     return dq, dk, dv, None, None, None, None
@@ -224,9 +225,7 @@ def _blocks(q: Tensor, past: _Past, doc_ids: Tensor | None, lead: int) -> Iterat
                 )
                 unseen = unseen | (slot < ended[..., None])
             shape = torch.broadcast_shapes(unseen.shape[:2], hidden.shape[:2])
-            hidden = torch.cat(
-                [unseen.expand(*shape, -1, -1), hidden.expand(*shape, -1, -1)], -1
-            )
+            hidden = torch.cat([unseen.expand(*shape, -1, -1), hidden.expand(*shape, -1, -1)], -1)
         yield _Block(slice(begin, stop), slice(low, last), n_past, hidden)
 
 

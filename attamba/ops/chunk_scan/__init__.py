@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from attamba.ops.chunk_scan.reference import chunk_scan_reference
 from attamba.ops.chunk_scan.torch import chunk_scan_torch
 
-BACKENDS = {
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "auto": chunk_scan_torch,
     "torch": chunk_scan_torch,
     "reference": chunk_scan_reference,
@@ -51,7 +53,7 @@ def chunk_scan(
     B, C = (t[:, :, None] if t.dim() == 3 else t for t in (B, C))
     groups, state_dim = B.shape[2:]
     starts = starts[None] if starts.dim() == 1 else starts
-    shapes = {
+    shapes: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
         "dt": (dt, [(batch, seq, heads)]),
         "A": (A, [(heads,)]),
         "B": (B, [(batch, seq, groups, state_dim)]),

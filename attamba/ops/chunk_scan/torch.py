@@ -29,7 +29,7 @@ def chunk_scan_torch(
 ) -> tuple[Tensor, Tensor]:
     """See chunk_scan; B and C are [B, T, K, N], starts is [B or 1, T]."""
     batch, seq, heads, width = x.shape
-    groups, state_dim = B.shape[2:]
+    state_dim = B.shape[3]
     if initial_state is None:
         initial_state = x.new_zeros(batch, heads, state_dim, width, dtype=torch.float32)
     if seq == 0:

@@ -1,0 +1,26 @@
+"""What every mixer over time offers to the decoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from attamba.modules.cache import LayerCache
+from attamba.ops.chunking import Span
+
+
+class TimeMixer(nn.Module):
+    """The part of a layer that mixes over time."""
+
+    def forward(
+        self, x: Tensor, span: Span, cache: LayerCache | None = None, given: Tensor | None = None
+    ) -> Tensor:
+        """x: [B, T, d] -> [B, T, d]; with a cache the tokens follow those that it has seen.
+
+        given: bool [B or 1, G or 1, T], the caller's own chunk ends, for mixers that have chunks.
+        """
+        raise NotImplementedError
+
+    def new_cache(self, batch: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
+        """What this layer keeps between calls, empty, for `batch` rows."""
+        raise NotImplementedError
