@@ -165,6 +165,10 @@ class ModelConfig:
             _at_least(getattr(self, name), 1, name)
         if self.ffn_dim is not None:
             _at_least(self.ffn_dim, 1, "ffn_dim")
+        if not self.rope_theta > 0:
+            raise ConfigError(f"rope_theta={self.rope_theta} must be above 0")
+        if self.norm_eps < 0:
+            raise ConfigError(f"norm_eps={self.norm_eps} must not be negative")
         if isinstance(self.mixer, list):
             for i, mixer in enumerate(self.mixer):
                 mixer.validate(self.dim, f"mixer.{i}")
@@ -310,7 +314,7 @@ def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> R
     Raises ConfigError for an unknown key (naming the nearest), a value of the wrong type, or
     fields that do not fit together; FileNotFoundError for a missing file.
     """
-    import yaml
+    yaml = _yaml()
 
     tree: dict[str, Any] = {}
     if path is not None:
@@ -325,12 +329,22 @@ def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> R
     return config
 
 
+def _yaml() -> types.ModuleType:
+    try:
+        import yaml
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "pyyaml is not installed; it comes with: pip install 'attamba[train]'"
+        ) from error
+    return yaml
+
+
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """["a.b=1", "c=[x]"] -> {"a.b": 1, "c": ["x"]}; values are read as YAML.
 
     Raises ConfigError for an argument without "=".
     """
-    import yaml
+    yaml = _yaml()
 
     overrides = {}
     for argument in arguments:

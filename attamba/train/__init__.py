@@ -4,17 +4,12 @@ result = train(load_run_config("configs/tiny.yaml", ["data.train=corpus/"]))
 model, tokenizer = load(result.run_dir)
 """
 
-from attamba.train.checkpoint import (
-    CheckpointError,
-    find_checkpoint,
-    list_checkpoints,
-    load,
-    save_checkpoint,
-)
+from attamba.train.checkpoint import load, save_checkpoint
 from attamba.train.interrupt import TrainingInterrupted
 from attamba.train.loop import TrainingDiverged, TrainResult, train
 from attamba.train.metrics import read_metrics
 from attamba.train.optim import lr_at
+from attamba.train.storage import CheckpointError, find_checkpoint, list_checkpoints
 
 __all__ = [
     "CheckpointError",

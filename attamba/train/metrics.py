@@ -105,4 +105,4 @@ def _event_writer(folder: Path, step: int) -> Any:
             "pip install 'attamba[train]'"
         ) from error
     # Events of later steps, written by a run that was killed, are hidden from the plots.
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    return SummaryWriter(str(folder), purge_step=step + 1)

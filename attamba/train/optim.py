@@ -35,7 +35,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     A parameter of two dimensions or more that stands for a set of vectors says so by an attribute
     `_no_weight_decay = True`. Parameters that need no gradient are in neither.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
@@ -63,7 +64,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """The optimizer's state as "<parameter name>.<exp_avg, exp_avg_sq or step>".
 
-    A parameter that never had a gradient has none.
+    The tensors themselves, not copies. A parameter that never had a gradient has none.
     """
     return {
         f"{name}.{key}": optimizer.state[parameter][key]

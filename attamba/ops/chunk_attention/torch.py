@@ -20,7 +20,9 @@ from torch import Tensor
 
 from attamba.ops.chunking import document_starts
 
-BLOCK = 128
+BLOCK = {"cpu": 128, "cuda": 512}
+"""Queries of a block: a CPU wants scores that stay in its cache, a GPU few and large launches."""
+
 UNBOUNDED = -1  # leading_tokens=None inside the operator, which takes plain integers
 
 
@@ -92,10 +94,9 @@ def _backward(
         block.add(dv, dv_past, _mm(weights.transpose(-1, -2), dy))
         slope = _mm(dy, values.transpose(-1, -2))
         slope = slope.sub_((dy.float() * y.float()).sum(-1, keepdim=True)).mul_(weights)
-        slope = slope.mul_(scale)
-        dq[..., block.queries, :] = heads.join(_mm(slope, keys))
+        dq[..., block.queries, :] = heads.join(_mm(slope, keys) * scale)
         queries = heads.split(heads.q[..., block.queries, :])
-        block.add(dk, dk_past, _mm(slope.transpose(-1, -2), queries))
+        block.add(dk, dk_past, _mm(slope.transpose(-1, -2), queries) * scale)
     past.scatter_add(dk, dk_past)
     past.scatter_add(dv, dv_past)
     dq = dq.flatten(1, 2).transpose(1, 2).contiguous()
@@ -156,14 +157,14 @@ class _Past:
     """Chunk ends gathered in order of position. ends: bool [B or 1, G or 1, Tk]."""
 
     def __init__(self, ends: Tensor, n_keys: int) -> None:
-        self.rank = ends.long().cumsum(-1)  # ends up to here, [b, g, Tk]
-        self.size = int(self.rank[..., -1].max()) if n_keys else 0
-        slot = torch.where(ends, self.rank - 1, self.size)  # the rest go to a slot cut off below
+        self.before = F.pad(ends.long().cumsum(-1), (1, 0))  # ends before here, [b, g, Tk + 1]
+        self.most_before: list[int] = self.before.amax((0, 1)).tolist()  # waits for the device
+        self.size = self.most_before[-1]
+        slot = torch.where(ends, self.before[..., :-1], self.size)  # the rest: cut off below
         index = torch.zeros(*ends.shape[:2], self.size + 1, dtype=torch.long, device=ends.device)
         position = torch.arange(n_keys, device=ends.device).expand_as(ends)
         self.index = index.scatter_(-1, slot, position)[..., : self.size]
-        count = self.rank[..., -1:] if n_keys else self.rank.sum(-1, keepdim=True)
-        self.valid = torch.arange(self.size, device=ends.device) < count
+        self.valid = torch.arange(self.size, device=ends.device) < self.before[..., -1:]
 
     def gather(self, t: Tensor) -> Tensor:
         """[B, G, Tk, D] -> [B, G, M, D]; rows with fewer ends are filled up with position 0."""
@@ -196,18 +197,18 @@ class _Block:
 
 
 def _blocks(q: Tensor, past: _Past, doc_ids: Tensor | None, lead: int) -> Iterator[_Block]:
-    n_queries, n_keys = q.shape[1], past.rank.shape[-1]
+    n_queries, n_keys = q.shape[1], past.before.shape[-1] - 1
+    size = BLOCK["cuda" if q.is_cuda else "cpu"]
     start = None if doc_ids is None else document_starts(doc_ids)
-    before = F.pad(past.rank, (1, 0))  # ends before a position, [b, g, Tk + 1]
-    for begin in range(0, n_queries, BLOCK):
-        stop = min(begin + BLOCK, n_queries)
+    for begin in range(0, n_queries, size):
+        stop = min(begin + size, n_queries)
         t = torch.arange(begin, stop, device=q.device) + n_keys - n_queries  # [W]
         first, last = begin + n_keys - n_queries, stop + n_keys - n_queries
         if lead == UNBOUNDED:
             low, n_past = 0, 0
         else:
             low = max(0, first - lead)
-            n_past = int(before[..., max(0, last - 1 - lead)].max()) if past.size else 0
+            n_past = past.most_before[max(0, last - 1 - lead)]
         s = torch.arange(low, last, device=q.device)
         hidden = s > t[:, None]
         if lead != UNBOUNDED:
@@ -217,12 +218,11 @@ def _blocks(q: Tensor, past: _Past, doc_ids: Tensor | None, lead: int) -> Iterat
             hidden = hidden | (s < start[:, None, first:last, None])
         if n_past:
             slot = torch.arange(n_past, device=q.device)
-            unseen = slot >= before[..., (t - lead).clamp(min=0), None]
+            unseen = slot >= past.before[..., (t - lead).clamp(min=0), None]
             if start is not None:
-                own = start[:, first:last].expand(max(start.shape[0], before.shape[0]), -1)
-                ended = before.expand(own.shape[0], -1, -1).gather(
-                    2, own[:, None].expand(-1, before.shape[1], -1)
-                )
+                own = start[:, first:last].expand(max(start.shape[0], past.before.shape[0]), -1)
+                before = past.before.expand(own.shape[0], -1, -1)
+                ended = before.gather(2, own[:, None].expand(-1, before.shape[1], -1))
                 unseen = unseen | (slot < ended[..., None])
             shape = torch.broadcast_shapes(unseen.shape[:2], hidden.shape[:2])
             hidden = torch.cat([unseen.expand(*shape, -1, -1), hidden.expand(*shape, -1, -1)], -1)

@@ -1,0 +1,238 @@
+"""The `attamba` command: arguments, and errors that a user can act on.
+
+What the commands do is in attamba.commands, which is imported when one is run: `attamba --help`
+does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from attamba import __version__
+
+OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+"""How a key=value argument begins."""
+
+INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as shells count
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status.
+
+    0: done. 2: the user's mistake, told in one line on standard error (--debug: with traceback).
+    130: Ctrl-C. 141: nobody reads standard output any more.
+    """
+    args = parse(argv)
+    try:
+        return args.command(args)
+    except BrokenPipeError:
+        # Python flushes standard output once more on exit; give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt as stopped:
+        print(f"\nattamba: {str(stopped) or 'interrupted'}", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, ImportError) as error:
+        return _fail(error, args.debug)
+    except RuntimeError as error:
+        from attamba.train import CheckpointError, TrainingDiverged
+
+        if not isinstance(error, (CheckpointError, TrainingDiverged)):
+            raise
+        return _fail(error, args.debug)
+
+
+def _fail(error: Exception, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}"
+    else:
+        message = str(error) or type(error).__name__
+    print(f"attamba: error: {message}", file=sys.stderr)
+    return 2
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Arguments of a command line; exits with a usage message for those that are not known.
+
+    key=value arguments may stand anywhere after the command.
+    """
+    args, extras = build_parser().parse_known_args(argv)
+    if hasattr(args, "overrides"):
+        # argparse ends a list of positional arguments at the first option, and lets an option
+        # with many values take what follows it.
+        data = getattr(args, "data", None) or []
+        args.overrides += [word for word in [*extras, *data] if OVERRIDE.match(word)]
+        extras = [word for word in extras if not OVERRIDE.match(word)]
+        if data:
+            args.data = [word for word in data if not OVERRIDE.match(word)]
+    if extras:
+        args.parser.error(f"unrecognized arguments: {' '.join(extras)}")
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="attamba",
+        description="Attention over multi-token states: key/value caches P times smaller.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"attamba {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _delegated(commands, "demo", "attamba.demo.run", "train Attamba and a transformer, compare")
+    _train(commands)
+    _eval(commands)
+    _generate(commands)
+    bench = commands.add_parser("bench", help="time and memory, measured")
+    benches = bench.add_subparsers(metavar="WHAT", required=True)
+    _delegated(benches, "decode", "attamba.bench.decode", "a decoding step, at many lengths")
+    _delegated(benches, "train", "attamba.bench.train", "a training step, at many lengths")
+    data = commands.add_parser("data", help="tokenize text, train a tokenizer")
+    datas = data.add_subparsers(metavar="WHAT", required=True)
+    _data_prepare(datas)
+    _data_tokenizer(datas)
+    return parser
+
+
+Commands = argparse._SubParsersAction  # what add_subparsers returns; argparse gives no other name
+
+
+def _leaf(
+    commands: Commands, name: str, help: str, command: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(command=command, parser=parser)
+    return parser
+
+
+def _later(name: str) -> Callable[[argparse.Namespace], int]:
+    """A function of attamba.commands, imported when it is called."""
+    return lambda args: getattr(importlib.import_module("attamba.commands"), name)(args)
+
+
+def _delegated(commands: Commands, name: str, module_name: str, help: str) -> None:
+    """A command of a module that offers add_arguments(parser) and run(args) -> int."""
+    module = importlib.import_module(module_name)
+    module.add_arguments(_leaf(commands, name, help, module.run))
+
+
+def _train(commands: Commands) -> None:
+    parser = _leaf(commands, "train", "train a model, or go on with training", _later("train"))
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="CONFIG key=value",
+        help="a YAML file, if any, then keys that differ from it: data.train=texts/ optim.lr=1e-3",
+    )
+    parser.add_argument(
+        "--no-resume",
+        dest="resume",
+        action="store_false",
+        help="refuse a folder that holds a checkpoint, instead of going on from it",
+    )
+
+
+def _checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CKPT", help="a run folder or a checkpoint folder")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="config keys to change at test time: mixer.chunk_size=4",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ..."
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the weights (default: as saved)"
+    )
+
+
+def _text(parser: argparse.ArgumentParser, text_key: bool = True) -> None:
+    parser.add_argument("--split-on", metavar="RE", help="start a new document at lines that match")
+    if text_key:
+        parser.add_argument(
+            "--text-key", default="text", help="field of JSON lines and parquet (default: text)"
+        )
+
+
+def _eval(commands: Commands) -> None:
+    parser = _leaf(commands, "eval", "score a checkpoint on text", _later("evaluate"))
+    _checkpoint(parser)
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        help="text files and folders, or a prepared folder (default: what the run held out)",
+    )
+    _text(parser)
+    parser.add_argument(
+        "--context",
+        metavar="N|all",
+        help="tokens of a window; all: whole documents (default: the run's data.seq_len)",
+    )
+    parser.add_argument(
+        "--stride", type=int, metavar="N", help="tokens between windows (default: context / 2)"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="windows at a time (default: 8)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="score this many at most")
+    parser.add_argument(
+        "--sweep",
+        metavar="FIELD=A,B,...",
+        help="score at several values of a mixer's field: chunk_size=1,2,4,8,16",
+    )
+    parser.add_argument("--json", metavar="OUT", help="write the figures to this file")
+
+
+def _generate(commands: Commands) -> None:
+    parser = _leaf(commands, "generate", "write text", _later("generate"))
+    _checkpoint(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="repeat for several (default: stdin)"
+    )
+    source.add_argument("--prompt-file", metavar="FILE", help="one prompt, less a final newline")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="default: 256")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0: the likeliest token (default: 0.8)"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="sample among the likeliest that make up P"
+    )
+    parser.add_argument("--seed", type=int, help="of the sampling (default: a new one each time)")
+    parser.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; repeatable"
+    )
+
+
+def _data_prepare(commands: Commands) -> None:
+    parser = _leaf(commands, "prepare", "tokenize text into a folder", _later("data_prepare"))
+    parser.add_argument("out", metavar="OUT", help="the folder to write")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="text files and folders")
+    parser.add_argument(
+        "--tokenizer",
+        default="bytes",
+        help="bytes, a tokenizer.json, a SentencePiece .model, or a folder (default: bytes)",
+    )
+    _text(parser)
+    parser.add_argument(
+        "--shard-tokens", type=int, default=100_000_000, help="per file (default: 100000000)"
+    )
+
+
+def _data_tokenizer(commands: Commands) -> None:
+    parser = _leaf(commands, "tokenizer", "train a byte-level BPE", _later("data_tokenizer"))
+    parser.add_argument("out", metavar="OUT", help="a folder, or a .json file")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="text files and folders")
+    parser.add_argument("--vocab-size", type=int, required=True, help="tokens, at least 257")
+    _text(parser)

@@ -1,0 +1,307 @@
+"""What the commands of attamba.cli do. Each takes its arguments and returns an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attamba.config import ConfigError, RunConfig, load_run_config, parse_overrides
+from attamba.data import (
+    DataError,
+    Document,
+    TokenDataset,
+    TokenizedDocument,
+    Tokenizer,
+    is_prepared,
+    load_tokenizer,
+    prepare,
+    read_documents,
+    train_bpe,
+)
+from attamba.display import columns, format_bytes
+
+if TYPE_CHECKING:
+    from attamba.dial import SweepRow
+    from attamba.evaluate import EvalResult
+    from attamba.generation import GenerationStats
+    from attamba.models import Decoder
+
+
+def train(args: argparse.Namespace) -> int:
+    """`attamba train [CONFIG] [key=value ...]`."""
+    from attamba.train import train
+
+    files = [word for word in args.overrides if "=" not in word]
+    if len(files) > 1:
+        raise ConfigError(f"{' and '.join(files)}: give one CONFIG file at most")
+    overrides = [word for word in args.overrides if "=" in word]
+    result = train(load_run_config(files[0] if files else None, overrides), resume=args.resume)
+    print(
+        f"{result.run_dir}: {result.step} steps are done; score it: attamba eval {result.run_dir}"
+    )
+    return 0
+
+
+# --------------------------------------------------------------------------------------------
+# eval
+# --------------------------------------------------------------------------------------------
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """`attamba eval CKPT [key=value ...]`."""
+    from attamba.dial import sweep
+    from attamba.evaluate import evaluate
+
+    folder, config, model, tokenizer = _load(args)
+    documents = _documents(args, folder, config, tokenizer)
+    options: dict[str, Any] = {
+        "context": _context(args.context, config.data.seq_len),
+        "stride": args.stride,
+        "batch_size": args.batch_size,
+        "max_tokens": args.max_tokens,
+    }
+    record: dict[str, Any] = {
+        "checkpoint": str(folder),
+        "overrides": args.overrides,
+        "data": args.data or "held out by the run",
+    }
+    if args.sweep is None:
+        result = evaluate(model, tokenizer, documents, progress=_counter("tokens"), **options)
+        record["result"] = result.to_dict()
+        print(_report(result))
+    else:
+        field, values = _sweep(args.sweep)
+        print(_sweep_line(field, "perplexity", "bits per byte", "cache", "after"))
+        rows = sweep(model, tokenizer, documents, field, values, on_row=_print_row, **options)
+        record |= {"field": field, **options, "rows": [row.to_dict() for row in rows]}
+    if args.json is not None:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _context(text: str | None, default: int) -> int | None:
+    if text is None:
+        return default
+    if text == "all":
+        return None
+    if not text.isdigit():
+        raise ConfigError(f"--context={text} must be a number of tokens, or all")
+    return int(text)
+
+
+def _report(result: EvalResult) -> str:
+    context = (
+        "whole documents as one context"
+        if result.context is None
+        else f"context {result.context:,}, stride {result.stride:,}"
+    )
+    scores = [
+        ["nats per token", f"{result.nats_per_token:.4f}"],
+        ["perplexity per token", f"{result.perplexity:.4f}"],
+        ["perplexity per word", f"{result.word_perplexity:.4g}"],
+        ["bits per byte", f"{result.bits_per_byte:.4f}"],
+    ]
+    positions = [["position in document", "tokens", "nats per token"]]
+    for bucket in result.by_position:
+        name = f"{bucket.start:,} to {bucket.stop - 1:,}"
+        positions.append([name, f"{bucket.n:,}", f"{bucket.nats:.4f}"])
+    counts = (
+        f"{result.n_documents:,} documents, {result.n_tokens:,} tokens, {result.n_words:,} words, "
+        f"{result.n_bytes:,} bytes; {context}"
+    )
+    return f"{counts}\n\n{columns(scores)}\n\n{columns(positions)}"
+
+
+def _sweep(text: str) -> tuple[str, list[Any]]:
+    """ "chunk_size=1,2" -> ("mixer.chunk_size", [1, 2])."""
+    field, equals, values = text.partition("=")
+    if not equals or not field or not values:
+        raise ConfigError(f"--sweep {text!r} is not of the form FIELD=A,B,... (chunk_size=1,2,4)")
+    parsed = [parse_overrides([f"{field}={value}"])[field] for value in values.split(",")]
+    return field if "." in field else f"mixer.{field}", parsed
+
+
+def _sweep_line(*cells: str) -> str:
+    return f"{cells[0]:<24}" + "".join(f"{cell:>16}" for cell in cells[1:])
+
+
+def _print_row(row: SweepRow) -> None:
+    cells = (f"{row.perplexity:.4f}", f"{row.bits_per_byte:.4f}", format_bytes(row.cache_bytes))
+    print(_sweep_line(str(row.value), *cells, f"{row.cache_tokens:,} tokens"), flush=True)
+
+
+def _documents(
+    args: argparse.Namespace, folder: Path, config: RunConfig, tokenizer: Tokenizer
+) -> Iterable[Document | TokenizedDocument]:
+    """What --data names, or what the run held out."""
+    from attamba.evaluate import held_out_documents
+
+    if args.data:
+        if len(args.data) == 1 and is_prepared(args.data[0]):
+            return _open(args.data[0], tokenizer).documents()
+        return read_documents(args.data, split_on=args.split_on, text_key=args.text_key)
+    run_dir = folder.resolve().parent.parent
+    if config.data.valid:
+        return _prepared(config.data.valid, run_dir / "data" / "valid", tokenizer).documents()
+    if config.data.valid_fraction == 0:
+        raise ConfigError(f"{run_dir} held out no text (data.valid_fraction=0); give --data PATH")
+    dataset = _prepared(config.data.train, run_dir / "data" / "train", tokenizer)
+    return held_out_documents(dataset, tokenizer, 1.0 - config.data.valid_fraction)
+
+
+def _prepared(given: str | list[str], of_run: Path, tokenizer: Tokenizer) -> TokenDataset:
+    """The prepared folder that a run used: the one it was given, or the one it made."""
+    if isinstance(given, str) and is_prepared(given):
+        return _open(given, tokenizer)
+    if is_prepared(of_run):
+        return _open(of_run, tokenizer)
+    raise DataError(f"the run's data are neither in {given} nor in {of_run}; give --data PATH")
+
+
+def _open(path: str | Path, tokenizer: Tokenizer) -> TokenDataset:
+    dataset = TokenDataset.open(path)
+    if dataset.fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            f"tokenizer and checkpoint do not match: {path} was prepared with another tokenizer "
+            f"than the checkpoint's; give the text itself, or prepare it with that tokenizer"
+        )
+    return dataset
+
+
+# --------------------------------------------------------------------------------------------
+# generate
+# --------------------------------------------------------------------------------------------
+
+
+def generate(args: argparse.Namespace) -> int:
+    """`attamba generate CKPT [key=value ...]`."""
+    from attamba.generation import GenerationStats, stream
+
+    prompts = _prompts(args)
+    _, _, model, tokenizer = _load(args)
+    stats = GenerationStats()
+    steps = stream(
+        model,
+        # As in training, the separator begins a document.
+        [[tokenizer.eos_id, *tokenizer.encode(prompt)] for prompt in prompts],
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop=args.stop,
+        tokenizer=tokenizer,
+        stats=stats,
+    )
+    texts = list(prompts)
+    alone = len(prompts) == 1
+    if alone:
+        print(prompts[0], end="", flush=True)
+    with closing(steps):
+        for step in steps:
+            texts = [text + new for text, new in zip(texts, step.text)]
+            if alone and step.text[0]:
+                print(step.text[0], end="", flush=True)
+    if alone:
+        print()
+    else:
+        for number, text in enumerate(texts, start=1):
+            print(f"--- {number} of {len(texts)} ---\n{text}")
+    sys.stdout.flush()
+    print(_speed(stats), file=sys.stderr)
+    return 0
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompt is not None:
+        return args.prompt
+    if args.prompt_file is not None:
+        return [_decoded(Path(args.prompt_file).read_bytes(), args.prompt_file)]
+    if sys.stdin.isatty():
+        raise ConfigError(
+            "there is no prompt: give --prompt TEXT or --prompt-file FILE, or pipe it in"
+        )
+    return [_decoded(sys.stdin.buffer.read(), "standard input")]
+
+
+def _decoded(data: bytes, source: str) -> str:
+    """Text of a prompt, less a final newline, which files and echo end with."""
+    try:
+        return data.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source} is not UTF-8 text: {error}; convert it") from error
+
+
+def _speed(stats: GenerationStats) -> str:
+    return (
+        f"{stats.new_tokens:,} tokens, {stats.tokens_per_second:,.1f} tokens/s after "
+        f"{stats.prefill_seconds:.2f} s for a prompt of {stats.prompt_tokens:,}; cache "
+        f"{format_bytes(stats.cache_bytes_used)} used, "
+        f"{format_bytes(stats.cache_bytes_allocated)} allocated"
+    )
+
+
+# --------------------------------------------------------------------------------------------
+# data
+# --------------------------------------------------------------------------------------------
+
+
+def data_prepare(args: argparse.Namespace) -> int:
+    """`attamba data prepare OUT PATHS...`."""
+    count = _counter("tokens")
+    dataset = prepare(
+        args.paths,
+        args.out,
+        load_tokenizer(args.tokenizer),
+        split_on=args.split_on,
+        text_key=args.text_key,
+        shard_tokens=args.shard_tokens,
+        progress=lambda documents, tokens, size: count(tokens),
+    )
+    print(
+        f"{args.out}: {dataset.n_documents:,} documents, {dataset.n_tokens:,} tokens, "
+        f"{dataset.n_bytes:,} bytes, vocabulary {dataset.vocab_size:,}"
+    )
+    return 0
+
+
+def data_tokenizer(args: argparse.Namespace) -> int:
+    """`attamba data tokenizer OUT PATHS... --vocab-size N`."""
+    tokenizer = train_bpe(
+        args.paths, args.vocab_size, args.out, split_on=args.split_on, text_key=args.text_key
+    )
+    print(f"{args.out}: a BPE of {tokenizer.vocab_size:,} tokens")
+    return 0
+
+
+# --------------------------------------------------------------------------------------------
+# Shared
+# --------------------------------------------------------------------------------------------
+
+
+def _load(args: argparse.Namespace) -> tuple[Path, RunConfig, Decoder, Tokenizer]:
+    """The checkpoint's folder, the configuration it was trained with, its model and tokenizer."""
+    from attamba.train import find_checkpoint, load
+    from attamba.train.checkpoint import read_config
+
+    folder = find_checkpoint(args.checkpoint)
+    overrides = parse_overrides(args.overrides) if args.overrides else None
+    model, tokenizer = load(folder, overrides=overrides, device=args.device, dtype=args.dtype)
+    return folder, read_config(folder), model, tokenizer
+
+
+def _counter(what: str) -> Callable[[int], None]:
+    """Shows a growing count on standard error where that is a terminal; nothing elsewhere."""
+
+    def show(count: int) -> None:
+        if sys.stderr.isatty():
+            # The cursor goes back, so that what is printed next takes the line.
+            print(f"{count:,} {what}\r", end="", file=sys.stderr, flush=True)
+
+    return show

@@ -1,0 +1,30 @@
+"""Text to batches: readers, tokenizers, prepared shards, and the order of training.
+
+tokenizer = load_tokenizer("bytes")
+dataset = prepare(["corpus/"], "data/corpus", tokenizer)
+batch = Batches(dataset, seq_len=1024, batch_size=16, seed=0).batch(step=0)
+"""
+
+from .errors import DataError, MissingPackageError
+from .loader import Batch, Batches
+from .reader import Document, Documents, read_documents
+from .shards import TokenDataset, TokenizedDocument, is_prepared, prepare
+from .tokenizer import StreamDecoder, Tokenizer, load_tokenizer, train_bpe
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "DataError",
+    "Document",
+    "Documents",
+    "MissingPackageError",
+    "StreamDecoder",
+    "TokenDataset",
+    "TokenizedDocument",
+    "Tokenizer",
+    "is_prepared",
+    "load_tokenizer",
+    "prepare",
+    "read_documents",
+    "train_bpe",
+]

@@ -1,0 +1,113 @@
+"""Rows to train and validate on. Their order is a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import DataError
+from .shards import TokenDataset
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of T tokens; all arrays are int64 [B, T]."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    """The token after each input."""
+    doc_ids: np.ndarray
+    """The document of each input: 0 at the row's first token, one more at each eos after it."""
+
+
+class Batches:
+    """Windows of a dataset, in an order that is drawn anew for each epoch.
+
+    dataset: tokens [floor(start * n), floor(stop * n)) of it are used, n being all its tokens; two
+        Batches that meet in one fraction share no token.
+    seq_len: T, tokens per row. Window w covers T + 1 tokens from the (w * T)-th on: as inputs,
+        windows do not overlap. A rest that is too short for a window is left out.
+    batch_size: B, rows per batch.
+    seed: of the order; at least 0.
+    start, stop: 0 <= start < stop <= 1.
+
+    Raises DataError if an argument is out of range or there are too few tokens for one window.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        start: float = 0.0,
+        stop: float = 1.0,
+    ) -> None:
+        for name, value, least in (
+            ("seq_len", seq_len, 1),
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise DataError(f"{name}={value} must be at least {least}")
+        if not 0 <= start < stop <= 1:
+            raise DataError(f"start={start}, stop={stop} must be fractions, 0 <= start < stop <= 1")
+        self.dataset, self.seq_len, self.batch_size, self.seed = dataset, seq_len, batch_size, seed
+        self._first = int(start * dataset.n_tokens)
+        n_tokens = int(stop * dataset.n_tokens) - self._first
+        self.n_windows = max(0, (n_tokens - 1) // seq_len)
+        """Windows, that is steps * batch_size per epoch."""
+        if not self.n_windows:
+            raise DataError(
+                f"{dataset.folder}: the fraction [{start:g}, {stop:g}) of its {dataset.n_tokens} "
+                f"tokens is {n_tokens} tokens, and one window of seq_len={seq_len} needs "
+                f"{seq_len + 1}; give more text, a shorter seq_len or a larger fraction"
+            )
+        self._orders: dict[int, np.ndarray] = {}
+
+    def batch(self, step: int) -> Batch:
+        """Rows step * B to (step + 1) * B of the endless row of epochs."""
+        if step < 0:
+            raise DataError(f"step={step} must be at least 0")
+        rows = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return self.rows([self._window(row) for row in rows])
+
+    def row(self, i: int) -> Batch:
+        """Window i, in the order of the text; a batch of one row."""
+        return self.rows([i])
+
+    def rows(self, windows: Sequence[int]) -> Batch:
+        """The given windows, in the order of the text; a batch of len(windows) rows."""
+        for w in windows:
+            if not 0 <= w < self.n_windows:
+                raise IndexError(f"window {w} of {self.n_windows}")
+        T = self.seq_len
+        begins = [self._first + w * T for w in windows]
+        tokens = np.stack([self.dataset.tokens(b, b + T + 1) for b in begins])
+        documents = np.stack([self.dataset.doc_ids(b, b + T) for b in begins])
+        return Batch(
+            inputs=np.ascontiguousarray(tokens[:, :-1]),
+            targets=np.ascontiguousarray(tokens[:, 1:]),
+            doc_ids=documents - documents[:, :1],
+        )
+
+    def _window(self, row: int) -> int:
+        epoch, place = divmod(row, self.n_windows)
+        if epoch not in self._orders:
+            # A batch may begin in one epoch and end in the next: keep two.
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = _order(self.n_windows, self.seed, epoch)
+        return int(self._orders[epoch][place])
+
+
+def _order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of range(n), the same for ever.
+
+    Philox's raw numbers are sorted, because numpy promises that those never change, which it does
+    not promise of Generator.permutation.
+    """
+    key = np.array([seed, epoch], dtype=np.uint64)
+    return np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")

@@ -1,0 +1,119 @@
+"""What a run shows while it goes on.
+
+A live bar where standard output is a terminal and rich is installed; lines of text otherwise;
+nothing with train.progress=false.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class Silent:
+    """Shows nothing; the base of those that do."""
+
+    def start(self, step: int, steps: int) -> None:
+        """Training goes on from `step` of `steps`."""
+
+    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """A step is done."""
+
+    def record(self, record: Record) -> None:
+        """A line was written to the metrics."""
+
+    def say(self, text: str) -> None:
+        """Something that the user should read."""
+
+
+class Lines(Silent):
+    """One line per record."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+
+    def start(self, step: int, steps: int) -> None:
+        self._steps = steps
+
+    def record(self, record: Record) -> None:
+        head = f"step {record['step']}/{self._steps}"
+        if record["kind"] == "valid":
+            self.say(f"{head}  {_validation(record)}")
+            return
+        rate = record["tokens_per_second"]
+        left = (self._steps - record["step"]) * (record["tokens"] / record["step"]) / rate
+        self.say(
+            f"{head}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+            f"grad norm {record['grad_norm']:.2f}  {rate:,.0f} tokens/s  {clock(left)} left"
+        )
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+
+class Bar(Silent):
+    """A bar with loss, tokens/s and time left; messages and validations scroll above it."""
+
+    def __init__(self, bar: Any, description: str) -> None:
+        self._bar = bar
+        self._task = bar.add_task(description, total=None, loss="", rate="")
+
+    def start(self, step: int, steps: int) -> None:
+        self._bar.reset(self._task, total=steps, completed=step)
+
+    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+        self._bar.update(
+            self._task,
+            completed=step,
+            loss=f"loss {loss:.3f}",
+            rate=f"{tokens_per_second:,.0f} tokens/s",
+        )
+
+    def record(self, record: Record) -> None:
+        if record["kind"] == "valid":
+            self.say(f"step {record['step']}  {_validation(record)}")
+
+    def say(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, highlight=False)
+
+
+@contextmanager
+def open_progress(description: str, *, enabled: bool) -> Iterator[Silent]:
+    """The display that this process should have; see the top of this file."""
+    if not enabled:
+        yield Silent()
+    elif sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeRemainingColumn as TimeLeft
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeLeft(),
+            TextColumn("left"),
+        )
+        with Progress(*columns) as bar:
+            yield Bar(bar, description)
+    else:
+        yield Lines()
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _validation(record: Record) -> str:
+    return (
+        f"validation: {record['valid_loss']:.4f} nats/token, "
+        f"{record['valid_bits_per_byte']:.4f} bits/byte"
+    )

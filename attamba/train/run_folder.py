@@ -1,0 +1,132 @@
+"""The folder of a run: one process at a time, one configuration for its whole life.
+
+<out>/config.json, metrics.jsonl, checkpoints/ (see checkpoint.py), data/ (text prepared on the
+fly), tensorboard/ (if asked for).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from attamba.config import ConfigError, RunConfig, to_dict
+from attamba.data import is_prepared
+from attamba.train.checkpoint import read_config
+from attamba.train.storage import list_checkpoints, remove_leftovers, verify
+
+FREE = frozenset(
+    {
+        "out",
+        "train.device",
+        "train.keep",
+        "train.log_every",
+        "train.eval_every",
+        "train.save_every",
+        "train.progress",
+        "train.tensorboard",
+    }
+)
+"""Keys that may change on resume, because no weight depends on them."""
+
+
+@contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Hold the folder for this process, making it if need be.
+
+    The system drops the lock when the process ends, however it ends. Raises ConfigError if another
+    process holds it.
+    """
+    import fcntl
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"out={run_dir}: another process is training in this folder; wait for it, stop "
+                f"it, or set another out"
+            ) from error
+        yield
+
+
+def open_run_folder(run_dir: Path, config: RunConfig, *, resume: bool) -> Path | None:
+    """Tidy the folder, write config.json and return the checkpoint to go on from, if any.
+
+    Raises ConfigError if there is one and resume is false, or it is of another configuration;
+    CheckpointError if it is damaged.
+    """
+    remove_leftovers(run_dir)
+    checkpoints = list_checkpoints(run_dir)
+    newest = checkpoints[-1] if checkpoints else None
+    if newest is not None:
+        if not resume:
+            raise ConfigError(
+                f"out={run_dir} already holds a run and resume is off; set another out, or delete "
+                f"the folder"
+            )
+        verify(newest)
+        _check_same(read_config(newest), config, run_dir)
+    text = json.dumps(to_dict(config), indent=1) + "\n"
+    aside = run_dir / ".config.json.tmp"
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, run_dir / "config.json")
+    return newest
+
+
+def check_same_data(
+    saved: Mapping[str, str | None], now: Mapping[str, str | None], run_dir: Path
+) -> None:
+    """Raise ConfigError if the fingerprints of the data are not those of the checkpoint."""
+    if saved.get("tokenizer") != now["tokenizer"]:
+        raise ConfigError(
+            f"tokenizer and checkpoint do not match: the data was made with another tokenizer than "
+            f"the run in {run_dir}; {_remedy(run_dir)}"
+        )
+    changed = [f"data.{key}" for key in ("train", "valid") if saved.get(key) != now[key]]
+    if changed:
+        raise ConfigError(
+            f"{' and '.join(changed)}: the tokens are not those that the run in {run_dir} was "
+            f"trained on, so it cannot go on; {_remedy(run_dir)}"
+        )
+
+
+def _check_same(saved: RunConfig, config: RunConfig, run_dir: Path) -> None:
+    there, here = _flat(to_dict(saved)), _flat(to_dict(config))
+    differing = [
+        f"  {key}: {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key) and not _may_change(key, here.get(key))
+    ]
+    if differing:
+        lines = "\n".join(differing)
+        raise ConfigError(
+            f"out={run_dir} holds a run of another configuration, which cannot go on with this "
+            f"one:\n{lines}\nPut these back, or {_remedy(run_dir)}"
+        )
+
+
+def _may_change(key: str, value: Any) -> bool:
+    # A prepared folder may move: its content is compared by fingerprint (check_same_data).
+    moved = key in ("data.train", "data.valid") and isinstance(value, str) and is_prepared(value)
+    return key in FREE or moved
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries, and lists of them (mixers), as dotted keys."""
+    if isinstance(tree, list) and any(isinstance(value, dict) for value in tree):
+        tree = {str(i): value for i, value in enumerate(tree)}
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}.{key}" if prefix else key))
+    return flat
+
+
+def _remedy(run_dir: Path) -> str:
+    return f"set another out, or delete {run_dir} to start afresh"

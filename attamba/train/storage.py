@@ -1,0 +1,173 @@
+"""Checkpoint folders of a run: found, tidied, sealed with a manifest, verified against it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
+FORMAT = 1
+
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the text names the file and the remedy."""
+
+
+def list_checkpoints(run_dir: str | Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first; empty where there are none."""
+    folder = Path(run_dir) / "checkpoints"
+    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    match = _NAME.fullmatch(checkpoint.resolve().name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
+    """The checkpoint folder that `path` means: itself, or the newest one of a run folder.
+
+    step: of a run folder, this step's instead of the newest. Raises CheckpointError if there is
+    none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder; give a run folder or a checkpoint folder")
+    if _NAME.fullmatch(path.resolve().name) or (path / MANIFEST).is_file():
+        if step is not None:
+            raise CheckpointError(
+                f"step={step}: {path} is one checkpoint; give the run folder to choose by step"
+            )
+        return path
+    checkpoints = list_checkpoints(path)
+    if not checkpoints:
+        raise CheckpointError(
+            f"{path} holds no checkpoint (looked for {path / 'checkpoints' / 'step-*'}); "
+            f"give the folder that training wrote to, its config key `out`"
+        )
+    if step is None:
+        return checkpoints[-1]
+    for checkpoint in checkpoints:
+        if step_of(checkpoint) == step:
+            return checkpoint
+    steps = ", ".join(str(step_of(c)) for c in checkpoints)
+    raise CheckpointError(f"step={step} is not in {path}; it holds steps {steps}")
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Delete what a killed run was writing or deleting."""
+    patterns = ("checkpoints/.tmp-*", "data/.*.partial", "data/.*.old")
+    for leftover in [path for pattern in patterns for path in run_dir.glob(pattern)]:
+        shutil.rmtree(leftover)
+
+
+def remove_old(run_dir: Path, keep: int) -> None:
+    """Delete all checkpoints but the last `keep`; each vanishes at once, never by halves."""
+    for old in list_checkpoints(run_dir)[:-keep]:
+        aside = old.with_name(f".tmp-{old.name}")
+        os.rename(old, aside)
+        shutil.rmtree(aside)
+
+
+def seal(folder: Path, **about: Any) -> None:
+    """Write the manifest of all files in `folder` and bring everything to the disk.
+
+    A rename that follows cannot outrun the content then.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {
+        path.relative_to(folder).as_posix(): {
+            "size": path.stat().st_size,
+            "sha256": _sha256(path),
+        }
+        for path in files
+    }
+    manifest = folder / MANIFEST
+    text = json.dumps({"format": FORMAT, **about, "files": entries}, indent=1) + "\n"
+    manifest.write_text(text, encoding="utf-8")
+    for path in [*files, manifest, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """fsync a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def verify(folder: Path, leave_out: Iterable[str] = ()) -> dict[str, Any]:
+    """Compare the files of a checkpoint with its manifest and return that.
+
+    leave_out: files not to look at. Raises CheckpointError for one that is missing, truncated or
+    altered, naming it and what to do.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files = dict(manifest["files"])
+        version = manifest["format"]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; {remedy(folder)}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}); {remedy(folder)}") from error
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {version}, this program reads format {FORMAT}; use the version of "
+            f"attamba that wrote it"
+        )
+    for name, entry in files.items():
+        if name not in leave_out:
+            _verify_file(folder, name, entry)
+    return manifest
+
+
+def remedy(folder: Path) -> str:
+    """What to do about a checkpoint that is damaged."""
+    folder = folder.resolve()
+    text = "restore it from a copy"
+    if not _NAME.fullmatch(folder.name):
+        return text
+    older = [c for c in list_checkpoints(folder.parent.parent) if step_of(c) < step_of(folder)]
+    if not older:
+        return f"{text}, or delete {folder} and train anew"
+    return f"{text}, or delete {folder} to go on from {older[-1].name}"
+
+
+def _verify_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; {remedy(folder)}")
+    # A tokenizer from elsewhere is the likeliest reason for a change in its folder.
+    why = "; tokenizer and checkpoint do not match" if name.startswith(f"{TOKENIZER}/") else ""
+    size = path.stat().st_size
+    if size < entry["size"]:
+        raise CheckpointError(
+            f"{path} is truncated: {size} bytes of {entry['size']}{why}; {remedy(folder)}"
+        )
+    if size > entry["size"] or _sha256(path) != entry["sha256"]:
+        raise CheckpointError(
+            f"{path} was altered after it was saved: its SHA-256 is not the manifest's{why}; "
+            f"{remedy(folder)}"
+        )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
