@@ -84,6 +84,17 @@ class Decoder(nn.Module):
             self._check_ids(ids)
         x = self.embed(ids) if ids is not None else inputs_embeds
         assert x is not None
+        if cache is not None and len(cache.layers) != self.config.n_layers:
+            raise ValueError(
+                f"the cache has {len(cache.layers)} layers, the model {self.config.n_layers}; "
+                f"make one with this model's new_cache"
+            )
+        if x.dim() != 3 or x.shape[2] != self.config.dim:
+            raise ValueError(
+                f"inputs_embeds has shape {list(x.shape)}, expected [B, T, {self.config.dim}]"
+            )
+        if x.shape[1] == 0 and cache is not None:
+            raise ValueError(f"ids has shape {list(x.shape[:2])}; a cached call needs a token")
         span = self._span(x, ids, doc_ids, attention_mask, cache)
         given = self._given(ends, x, cache)
         for i, layer in enumerate(self.layers):
@@ -155,6 +166,10 @@ class Decoder(nn.Module):
         """Ends for each layer, [n, B or 1, G or 1, T]."""
         if ends is None:
             return None
+        if not any(getattr(m, "boundary", None) == "given" for m in self.config.layer_mixers()):
+            raise ValueError(
+                "ends was passed, but no layer has boundary='given'; set mixer.boundary=given"
+            )
         batch, seq = x.shape[:2]
         n = self.config.n_layers
         if ends.dtype != torch.bool:
@@ -177,8 +192,8 @@ class Decoder(nn.Module):
         return ends
 
     def _check_ids(self, ids: Tensor) -> None:
-        if ids.dim() != 2:
-            raise ValueError(f"ids must be [B, T], not {list(ids.shape)}")
+        if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"ids must be int64 [B, T], not {ids.dtype} {list(ids.shape)}")
         # On a GPU this would wait for the device; there the embedding itself asserts.
         if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
             low, high = int(ids.min()), int(ids.max())

@@ -17,7 +17,7 @@ from attamba.modules.compressor import Compressors
 from attamba.modules.layers import Rotary, linear, rotate
 from attamba.modules.mixer import TimeMixer
 from attamba.ops import chunk_attention
-from attamba.ops.chunking import Span, chunk_starts, make_boundary
+from attamba.ops.chunking import Span, chunk_starts, make_boundary, normalize_ends
 
 
 class ChunkAttention(TimeMixer):
@@ -66,13 +66,15 @@ class ChunkAttention(TimeMixer):
         self, x: Tensor, span: Span, cache: LayerCache | None = None, given: Tensor | None = None
     ) -> Tensor:
         """x: [B, T, d] -> [B, T, d]. given: bool [B or 1, G or 1, T] for boundary "given"."""
+        if given is not None:
+            normalize_ends(given, x.shape[0], self.n_kv_heads, x.shape[1])
         ends, carry = self.boundary(span, None if cache is None else cache.carry, given)
         q, k, v = self.project(x, ends, span, cache)
         if cache is None:
             y = chunk_attention(q, k, v, ends, self.lead, span.doc_ids, backend=self.backend)
         else:
             cache.carry = carry
-            y = cache.kv.attend(q, k, v, ends, span, self.lead)
+            y = cache.kv.attend(q, k, v, ends, span, self.lead, self.backend)
         return self.wo(y.flatten(2))
 
     def project(

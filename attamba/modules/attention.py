@@ -47,7 +47,7 @@ class Attention(TimeMixer):
             y = chunk_attention(q, k, v, None, self.lead, span.doc_ids, backend=self.backend)
         else:
             ends = torch.zeros(1, 1, x.shape[1], dtype=torch.bool, device=x.device)
-            y = cache.kv.attend(q, k, v, ends, span, self.lead)
+            y = cache.kv.attend(q, k, v, ends, span, self.lead, self.backend)
         return self.wo(y.flatten(2))
 
     def new_cache(self, batch: int, dtype: torch.dtype, device: torch.device) -> LayerCache:

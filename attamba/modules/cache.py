@@ -66,7 +66,14 @@ class KVCache:
         return 2 * int(entries.sum()) * self.k.shape[3] * self.k.element_size()
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, span: Span, lead: int | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ends: Tensor,
+        span: Span,
+        lead: int | None,
+        backend: str,
     ) -> Tensor:
         """Attention of new tokens to what is held and to each other; holds them afterwards.
 
@@ -77,7 +84,7 @@ class KVCache:
             self.append(k, v, ends, span)
             return self._attend_held(q, span.offsets + span.n_new)
         keys, values, all_ends, doc_ids = self._context(k, v, ends, span)
-        out = chunk_attention(q, keys, values, all_ends, lead, doc_ids)
+        out = chunk_attention(q, keys, values, all_ends, lead, doc_ids, backend=backend)
         self.append(k, v, ends, span)
         return out
 

@@ -105,7 +105,7 @@ class Compressors(nn.Module):
             out = torch.addcmul(out, inputs[:, at], tap)
         if state is not None:
             alive = segment[:, seq:] == segment[:, -1:]
-            state.conv = (inputs[:, seq:] * alive[..., None]).detach()
+            state.conv = (inputs[:, seq:] * alive[..., None]).detach().to(state.conv.dtype)
         return out
 
     def new_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> CompressorState:

@@ -255,6 +255,8 @@ class Jitter(Boundary):
 
     def __init__(self, *place: Any, seed: int = 0) -> None:
         super().__init__(*place)
+        if not _whole(seed, 0):
+            raise ValueError(f"boundary.seed={seed} must be a whole number, at least 0")
         self.seed = seed
 
     def at(self, positions: Tensor, draw: Tensor | None) -> Tensor:
@@ -278,6 +280,8 @@ class Random(Boundary):
 
     def __init__(self, *place: Any, seed: int = 0) -> None:
         super().__init__(*place)
+        if not _whole(seed, 0):
+            raise ValueError(f"boundary.seed={seed} must be a whole number, at least 0")
         self.seed = seed
 
     def at(self, positions: Tensor, draw: Tensor | None) -> Tensor:
@@ -300,15 +304,17 @@ class Separator(Boundary):
         self, *place: Any, tokens: list[int] | None = None, max_chunk: int | None = None
     ) -> None:
         super().__init__(*place)
-        if not tokens or not all(isinstance(t, int) and t >= 0 for t in tokens):
+        if not isinstance(tokens, list) or not tokens or not all(_whole(t, 0) for t in tokens):
             raise ValueError(
                 f"boundary.tokens={tokens} must be a list of token ids that end a chunk, "
                 f"e.g. [10, 32] for newline and space in bytes"
             )
         self.tokens = list(tokens)
         self.max_chunk = 2 * self.chunk_size if max_chunk is None else max_chunk
-        if self.max_chunk < 1:
-            raise ValueError(f"boundary.max_chunk={self.max_chunk} must be at least 1")
+        if not _whole(self.max_chunk, 1):
+            raise ValueError(
+                f"boundary.max_chunk={self.max_chunk} must be a whole number, at least 1"
+            )
 
     def rule(
         self, span: Span, carry: Tensor | None, given: Tensor | None
@@ -347,8 +353,8 @@ class Budget(Boundary):
 
     def __init__(self, *place: Any, max_chunks: int = 1024) -> None:
         super().__init__(*place)
-        if max_chunks < 2:
-            raise ValueError(f"boundary.max_chunks={max_chunks} must be at least 2")
+        if not _whole(max_chunks, 2):
+            raise ValueError(f"boundary.max_chunks={max_chunks} must be a whole number, at least 2")
         self.max_chunks = max_chunks
 
     def at(self, positions: Tensor, draw: Tensor | None) -> Tensor:
@@ -404,6 +410,10 @@ def make_boundary(
                 + _nearest(option, list(policy.options))
             )
     return policy(chunk_size, layer_idx, n_layers, n_kv_heads, sink, **options)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _nearest(name: str, known: list[str]) -> str:

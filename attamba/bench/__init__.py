@@ -1,0 +1,1 @@
+"""Benchmarks: `attamba bench decode` and `attamba bench train`."""

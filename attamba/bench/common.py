@@ -1,0 +1,190 @@
+"""What the benchmarks share: the models, timing side by side, a table, a record of the machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attamba.config import ConfigError, ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+HEAD_DIM = 64
+MODELS = ("attamba", "transformer")
+DTYPES = ("float32", "bfloat16")
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, lengths: str) -> None:
+    """The options of every benchmark. `lengths`: default of --lengths, e.g. "1k,2k"."""
+    parser.add_argument("--dim", type=int, default=512, help="model width (default: 512)")
+    parser.add_argument("--layers", type=int, default=8, help="layers (default: 8)")
+    parser.add_argument("--chunk-size", type=int, default=8, help="Attamba's P (default: 8)")
+    parser.add_argument("--batch-size", type=int, default=1, help="rows (default: 1)")
+    parser.add_argument(
+        "--lengths", default=lengths, help=f"tokens, comma-separated (default: {lengths})"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ..."
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
+
+
+def parse_lengths(text: str) -> list[int]:
+    """ "1k,2k,100" -> [1024, 2048, 100]; k stands for 1024. Raises ConfigError."""
+    lengths = []
+    for word in text.lower().split(","):
+        digits, unit = (word[:-1], 1024) if word.endswith("k") else (word, 1)
+        if not digits.isdigit() or int(digits) == 0:
+            raise ConfigError(f"--lengths: {word!r} is not a number of tokens such as 512 or 4k")
+        lengths.append(int(digits) * unit)
+    return lengths
+
+
+def n_heads(dim: int) -> int:
+    """Heads of a benchmark's model: 64 wide, or one narrower head."""
+    return max(1, dim // HEAD_DIM)
+
+
+def model_config(name: str, *, dim: int, layers: int, chunk_size: int) -> ModelConfig:
+    """The model that a benchmark calls `name`: byte vocabulary, default mixer, heads of 64."""
+    mixer: dict[str, Any] = {"type": name, "n_heads": n_heads(dim)}
+    if name == "attamba":
+        mixer["chunk_size"] = chunk_size
+    return ModelConfig(vocab_size=256, dim=dim, n_layers=layers, mixer=mixer)  # type: ignore[arg-type]
+
+
+def set_up(device: str, threads: int | None) -> torch.device:
+    """Apply --threads and resolve --device. Raises ConfigError for CUDA where there is none."""
+    import torch
+
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"--threads={threads} must be at least 1")
+        torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device={device}: torch finds no CUDA device; use --device cpu")
+    return torch.device(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was asked, so that a clock can be read."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def seconds(step: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock seconds of one call."""
+    synchronize(device)
+    start = time.perf_counter()
+    step()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def interleaved_seconds(
+    steps: dict[str, Callable[[], object]], repeats: int, device: torch.device, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of `repeats` calls of each step, taken in turns.
+
+    In turns, because a machine's speed drifts: what slows one then slows the others as well.
+    """
+    for step in steps.values():
+        for _ in range(warm_up):
+            step()
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            taken[name].append(seconds(step, device))
+    return taken
+
+
+def median_ms(times: Sequence[float]) -> float:
+    """Median of seconds, in milliseconds."""
+    return statistics.median(times) * 1e3
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where and how figures were taken: versions, device, threads, date (UTC), command line."""
+    import torch
+
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
+        "platform": platform.platform(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The model of the GPU, or of the CPU where the system tells it."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@dataclass
+class Table:
+    """A titled table. str() is plain text, first column to the left and the others to the right."""
+
+    title: str
+    headers: list[str]
+    rows: list[list[str]]
+
+    def __str__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(self.headers, *self.rows)]
+
+        def line(cells: list[str]) -> str:
+            rest = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:]))
+            return "  ".join([cells[0].ljust(widths[0]), *rest]).rstrip()
+
+        rule = "  ".join("-" * width for width in widths)
+        return "\n".join([self.title, rule, line(self.headers), rule, *map(line, self.rows)])
+
+    def markdown(self) -> str:
+        """The same as Markdown."""
+        cells = [self.headers, ["--:"] * len(self.headers), *self.rows]
+        return f"{self.title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def format_bytes(n: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.2f} GiB"
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a record of figures, making the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,39 @@
+"""`python -m attamba.bench.report RESULT.json ...`: benchmark results as Markdown."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from attamba.bench import decode, train
+
+BENCHMARKS = {"decode": decode, "train": train}
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The settings, tables and environment of a result file."""
+    machine = record["environment"]
+    settings = ", ".join(f"{key} {value}" for key, value in record["settings"].items())
+    blocks = [f"### {record['benchmark']}: {settings}"]
+    blocks += [table.markdown() for table in BENCHMARKS[record["benchmark"]].tables(record)]
+    if "growth" in record:
+        blocks += [f"- {line}" for line in train.growth_lines(record)]
+    blocks.append(
+        f"`{machine['command']}` on {machine['date'][:10]}: {machine['device']}, "
+        f"{machine['threads']} threads, torch {machine['torch']}."
+    )
+    return "\n\n".join(blocks)
+
+
+def main() -> None:
+    """Print the result files named on the command line."""
+    parser = argparse.ArgumentParser(description="print benchmark results as Markdown")
+    parser.add_argument("results", nargs="+", type=Path, help="files that --json wrote")
+    for path in parser.parse_args().results:
+        print(markdown(json.loads(path.read_text(encoding="utf-8"))) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""`attamba demo`: Attamba beside a transformer of its size, on text that every machine has."""
