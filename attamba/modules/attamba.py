@@ -90,7 +90,7 @@ class ChunkAttention(TimeMixer):
             k_direct, v_direct = self.wkv(x).chunk(2, -1)
             k, v = k_direct + k, v_direct + v
         k, v = (t.to(q.dtype).unflatten(-1, (self.n_kv_heads, self.head_dim)) for t in (k, v))
-        rotary = self.rotary(span.positions)
+        rotary = self.rotary(span)
         return rotate(q, rotary), rotate(k, rotary), v
 
     def _starts(self, ends: Tensor, span: Span, cache: LayerCache | None) -> Tensor:

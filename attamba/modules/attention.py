@@ -41,7 +41,7 @@ class Attention(TimeMixer):
         """x: [B, T, d] -> [B, T, d]. `given` ends do not concern this mixer."""
         q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
         k, v = self.wkv(x).unflatten(-1, (2, self.n_kv_heads, self.head_dim)).unbind(2)
-        rotary = self.rotary(span.positions)
+        rotary = self.rotary(span)
         q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is None:
             y = chunk_attention(q, k, v, None, self.lead, span.doc_ids, backend=self.backend)

@@ -94,6 +94,10 @@ class Compressors(nn.Module):
     def _conv(self, x: Tensor, starts: Tensor, span: Span, state: CompressorState | None) -> Tensor:
         """Causal depthwise convolution that sees nothing before a start. x: [B, T, channels]."""
         reach, seq = self.conv_width - 1, x.shape[1]
+        if state is not None and seq == 1:  # a decode step: one window of the inputs
+            inputs = _join(state.conv.masked_fill(starts[..., None], 0.0), x, span)
+            state.conv = inputs[:, 1:].detach().to(state.conv.dtype, copy=True)
+            return (inputs * self.conv_weight.to(x.dtype).t()).sum(1, keepdim=True)
         inputs = F.pad(x, (0, 0, reach, 0)) if state is None else _join(state.conv, x, span)
         segment = F.pad(starts.long().cumsum(1), (reach, 0))  # [B or 1, reach + T]
         now = segment[:, reach:]

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attamba.ops.chunking import Span
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
@@ -42,11 +44,17 @@ class Rotary(nn.Module):
         super().__init__()
         self.head_dim, self.theta = head_dim, theta
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, float32 [B or 1, T, 1, D/2], of int64 positions [B or 1, T].
+    def forward(self, span: Span) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, float32 [B or 1, T, 1, D/2], of the span's positions.
 
         Angles are float64: at position 200,000 float32 would be a hundredth of a radian off.
         """
+        key = (self.head_dim, self.theta)
+        if key not in span.memo:
+            span.memo[key] = self._table(span.positions)
+        return span.memo[key]
+
+    def _table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         exponent = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float64)
         angle = positions[..., None, None] * self.theta ** (-exponent / self.head_dim)
         return angle.cos().float(), angle.sin().float()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +32,7 @@ class Span:
     mask:      bool [B, T], False on (left) padding, or None where there is none.
     offsets:   int64 [B], tokens of each row that came before this call, or None for none.
     draw:      int64 scalar that varies the random policies in training, or None to evaluate.
+    memo:      what layers derive from positions alone and share.
     """
 
     positions: Tensor
@@ -40,6 +41,7 @@ class Span:
     mask: Tensor | None = None
     offsets: Tensor | None = None
     draw: Tensor | None = None
+    memo: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def n_new(self) -> Tensor | int:
