@@ -175,15 +175,6 @@ class Table:
         return f"{self.title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def format_bytes(n: float) -> str:
-    """1536 -> "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB"):
-        if n < 1024:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.2f} GiB"
-
-
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a record of figures, making the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from attamba.bench import common
+from attamba.display import format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -100,9 +101,9 @@ def tables(record: dict[str, Any]) -> list[common.Table]:
             + [f"{m['step_ms_p90']:.2f} ms" for m in pair]
         )
         sizes.append(
-            [tokens, *(common.format_bytes(m["bytes_used"]) for m in pair)]
+            [tokens, *(format_bytes(m["bytes_used"]) for m in pair)]
             + [f"{row['bytes_ratio']:.2f}"]
-            + [common.format_bytes(m["bytes_allocated"]) for m in pair]
+            + [format_bytes(m["bytes_allocated"]) for m in pair]
         )
     first = ["tokens", *common.MODELS]
     return [

@@ -16,6 +16,7 @@ from typing import Any
 
 from attamba.bench import common
 from attamba.config import to_dict
+from attamba.display import format_bytes
 
 LENGTHS = "1k,2k,4k,8k,16k"
 
@@ -106,7 +107,7 @@ def tables(record: dict[str, Any]) -> list[common.Table]:
         sizes.append(
             [
                 tokens,
-                *(common.format_bytes(m["peak_bytes"]) for m in pair),
+                *(format_bytes(m["peak_bytes"]) for m in pair),
                 _ratio(row, "peak_bytes"),
             ]
         )

@@ -151,7 +151,7 @@ def verify_mask(model: Decoder, seq_len: int) -> int:
 
 def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headers and cells of the table side by side."""
-    from attamba.bench.common import format_bytes
+    from attamba.display import format_bytes
 
     def row(label: str, figures: dict[str, Any], show: Callable[[Any], str]) -> list[str]:
         return [label, *(show(figures[name]) for name in MODELS)]

@@ -14,6 +14,7 @@ import pytest
 
 from attamba.bench import common, decode, report, train
 from attamba.config import ConfigError
+from attamba.display import format_bytes
 from attamba.models.accounting import attention_entries, cache_bytes
 
 TINY = ["--dim", "32", "--layers", "2", "--chunk-size", "4", "--device", "cpu", "--repeats", "2"]
@@ -145,7 +146,7 @@ def test_options_are_known_without_torch() -> None:
 
 
 def test_bytes_are_written_for_people() -> None:
-    assert [common.format_bytes(n) for n in (12, 1536, 3 << 20, 5 << 30)] == [
+    assert [format_bytes(n) for n in (12, 1536, 3 << 20, 5 << 30)] == [
         "12 B",
         "1.5 KiB",
         "3.0 MiB",
