@@ -107,15 +107,9 @@ def write_report(results: dict[str, Any], path: Path) -> None:
 
 def _opening(results: dict[str, Any]) -> str:
     last = results["decode"][-1]
-    bits = results["bits_per_byte"]
-    difference = 100 * (bits["attamba"] / bits["transformer"] - 1)
     facts = (
         (f"{last['bytes_ratio']:.1f}x", f"smaller cache at {last['length']:,} tokens"),
         (f"{last['speedup']:.1f}x", f"the decoding speed at {last['length']:,} tokens"),
-        (
-            f"{difference:+.1f}%".replace("-", "\N{MINUS SIGN}"),
-            "bits per byte on held-out files (less is better)",
-        ),
     )
     boxes = "\n".join(
         f'<div class="fact"><b>{figure}</b><span>{text}</span></div>' for figure, text in facts
