@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union
 
-Backend = Literal["auto", "torch", "reference"]
+Backend = Literal["auto", "torch", "triton", "reference"]
 
 
 class ConfigError(ValueError):

@@ -1,0 +1,55 @@
+"""Which implementation of an operator runs: chosen openly, never by catching an error.
+
+"auto" is Triton where it runs fast (CUDA) and vectorised PyTorch elsewhere. Whoever asks for
+"triton" gets it or an error that says why not. Triton's interpreter (TRITON_INTERPRET=1 before
+the first import) runs the same kernels on CPU tensors, slowly: for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+NAMES = ("auto", "torch", "triton", "reference")
+
+
+def choose(backend: str, device: torch.device) -> str:
+    """"torch", "triton" or "reference" for tensors on `device`.
+
+    Raises ValueError for an unknown name, and for "triton" where it cannot run.
+    """
+    if backend not in NAMES:
+        raise ValueError(f"backend={backend!r} must be one of: {', '.join(NAMES)}")
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and why_not_triton(device) is None else "torch"
+    if backend == "triton":
+        reason = why_not_triton(device)
+        if reason is not None:
+            raise ValueError(f"backend='triton' cannot run: {reason}; use backend='auto'")
+    return backend
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on `device`, or None where they can."""
+    if not _installed():
+        return "the package triton is not installed (pip install triton, Linux only)"
+    if device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+            return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+        return None
+    if device.type == "cpu" and interpreted():
+        return None
+    return f"the tensors are on {device.type}, and Triton needs a CUDA device"
+
+
+def interpreted() -> bool:
+    """Do kernels run in Triton's interpreter?"""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
