@@ -94,6 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="time and memory, measured")
     benches = bench.add_subparsers(metavar="WHAT", required=True)
     _delegated(benches, "decode", "attamba.bench.decode", "a decoding step, at many lengths")
+    _delegated(benches, "kernels", "attamba.bench.kernels", "the operators alone, on a GPU")
+    _delegated(benches, "tune", "attamba.bench.tune", "tile sizes of the attention kernels")
     _delegated(benches, "train", "attamba.bench.train", "a training step, at many lengths")
     data = commands.add_parser("data", help="tokenize text, train a tokenizer")
     datas = data.add_subparsers(metavar="WHAT", required=True)

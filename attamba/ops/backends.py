@@ -7,17 +7,19 @@ the first import) runs the same kernels on CPU tensors, slowly: for tests.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 
 import torch
 
+_INSTALLED = importlib.util.find_spec("triton") is not None  # found, not yet imported
+
 NAMES = ("auto", "torch", "triton", "reference")
 
 
+@torch.compiler.assume_constant_result
 def choose(backend: str, device: torch.device) -> str:
-    """"torch", "triton" or "reference" for tensors on `device`.
+    """The implementation for tensors on `device`: "torch", "triton" or "reference".
 
     Raises ValueError for an unknown name, and for "triton" where it cannot run.
     """
@@ -34,7 +36,7 @@ def choose(backend: str, device: torch.device) -> str:
 
 def why_not_triton(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on `device`, or None where they can."""
-    if not _installed():
+    if not _INSTALLED:
         return "the package triton is not installed (pip install triton, Linux only)"
     if device.type == "cuda":
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
@@ -48,8 +50,3 @@ def why_not_triton(device: torch.device) -> str | None:
 def interpreted() -> bool:
     """Do kernels run in Triton's interpreter?"""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from attamba.ops.chunk_attention.reference import chunk_attention_reference
-from attamba.ops.chunk_attention.torch import chunk_attention_torch
+from attamba.ops.backends import choose
 from attamba.ops.chunking import normalize_ends
-
-BACKENDS = {
-    "auto": chunk_attention_torch,
-    "torch": chunk_attention_torch,
-    "reference": chunk_attention_reference,
-}
 
 
 def chunk_attention(
@@ -41,8 +36,7 @@ def chunk_attention(
 
     Returns [B, Tq, H, D] in q's dtype. Raises ValueError where shapes disagree or L < 0.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} must be one of: {', '.join(BACKENDS)}")
+    backend = choose(backend, q.device)
     if leading_tokens is not None and leading_tokens < 0:
         raise ValueError(f"leading_tokens={leading_tokens} must be at least 0, or None for all")
     batch, n_queries, heads, width = q.shape
@@ -59,10 +53,24 @@ def chunk_attention(
         )
     if doc_ids is not None and tuple(doc_ids.shape) != (batch, n_keys):
         raise ValueError(f"doc_ids has shape {list(doc_ids.shape)}, expected {[batch, n_keys]}")
-    if ends is None:
-        ends = q.new_zeros(1, 1, n_keys).bool()
-    else:
+    if ends is not None:
         ends = normalize_ends(ends, batch, kv_heads, n_keys)
-    return BACKENDS[backend](
-        q, k, v, ends, leading_tokens, doc_ids, width**-0.5 if scale is None else scale
-    )
+    elif backend != "triton":  # the kernels leave the past out
+        ends = q.new_zeros(1, 1, n_keys).bool()
+    scale = width**-0.5 if scale is None else scale
+    return _implementation(backend)(q, k, v, ends, leading_tokens, doc_ids, scale)
+
+
+def _implementation(backend: str) -> Callable[..., Tensor]:
+    """Imported where it is used: triton is not needed elsewhere."""
+    if backend == "triton":
+        from attamba.ops.chunk_attention.triton import chunk_attention_triton
+
+        return chunk_attention_triton
+    if backend == "reference":
+        from attamba.ops.chunk_attention.reference import chunk_attention_reference
+
+        return chunk_attention_reference
+    from attamba.ops.chunk_attention.torch import chunk_attention_torch
+
+    return chunk_attention_torch

@@ -1,0 +1,155 @@
+"""`attamba bench tune`: measures the tile sizes that chunk attention's kernels can have.
+
+Prints the fastest of each kernel as entries of attamba/ops/chunk_attention/tiles.py, which a
+person then puts there: programs do not tune themselves. Candidates are compiled by as many
+processes as there are cores and then timed one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import multiprocessing
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from attamba.bench import common
+from attamba.bench.kernels import TOKENS, Shape, graph_ms, layer_ends
+
+if TYPE_CHECKING:
+    from attamba.ops.chunk_attention.tiles import Tiles
+
+LENGTHS = "1k,8k,64k"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `attamba bench tune`."""
+    common.add_common_arguments(parser, LENGTHS)
+    parser.add_argument("--widths", default="64,128", help="head widths (default: 64,128)")
+    parser.add_argument("--kernels", default="forward,dq,past,window", help="(default: all)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure all candidates, print the fastest, write --json. Returns the exit status."""
+    import torch
+
+    device = common.set_up(args.device, args.threads)
+    if device.type != "cuda":
+        raise common.ConfigError(f"--device={device}: tuning needs CUDA")
+    lengths = common.parse_lengths(args.lengths)
+    record: dict[str, Any] = {
+        "benchmark": "tune",
+        "settings": {"tokens": TOKENS, "lengths": lengths, "chunk_size": args.chunk_size},
+        "environment": common.environment(device),
+        "rows": [],
+    }
+    for width in map(int, args.widths.split(",")):
+        jobs = [
+            (kernel, tile, width, args.dim)
+            for kernel in args.kernels.split(",")
+            for tile in candidates(kernel, width)
+        ]
+        with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
+            usable = [job for job, good in zip(jobs, pool.map(_compiles, jobs, 1)) if good]
+        shapes = [
+            Shape(t, max(1, TOKENS // t), args.dim // width, width, args.chunk_size)
+            for t in lengths
+        ]
+        for shape in shapes:
+            steps = launches(shape, device)
+            for kernel, tile, *_ in usable:
+                ms = graph_ms(lambda k=kernel, t=tile, s=steps: s[k](t), 20)
+                record["rows"].append(
+                    {"kernel": kernel, "width": width, "length": shape.length, "ms": ms}
+                    | vars(tile)
+                )
+        torch.cuda.empty_cache()
+    record["best"] = best(record["rows"])
+    for line in record["best"]:
+        print(line)
+    if args.json is not None:
+        common.write_json(args.json, record)
+    return 0
+
+
+def candidates(kernel: str, width: int) -> list[Tiles]:
+    """Tiles worth a try."""
+    from attamba.ops.chunk_attention.tiles import Tiles
+
+    if kernel in ("forward", "dq"):
+        grid = itertools.product((64, 128), (64, 128), (32, 64), (4, 8), (2, 3, 4))
+        small = ((m, n, w, p, s) for m, n, w, p, s in grid if w <= n and (m, p) != (64, 8))
+        return [Tiles(*t) for t in small if t[3] * 16384 >= t[0] * max(width, t[1]) * 2]
+    grid2 = itertools.product((32, 64, 128), (64, 128), (4, 8), (1, 2, 3))
+    return [Tiles(m, n, 64, p, s) for m, n, p, s in grid2 if p * 16384 >= n * max(2 * width, m) * 2]
+
+
+def launches(shape: Shape, device: Any) -> dict[str, Callable[[Tiles], None]]:
+    """For each kernel a function that launches it with given tiles."""
+    import torch
+
+    from attamba.ops.chunk_attention import triton
+    from attamba.ops.chunk_attention.tiles import override
+
+    size = (shape.batch, shape.length, shape.heads, shape.width)
+    q, k, v, d_out = (torch.randn(size, device=device, dtype=torch.bfloat16) for _ in range(4))
+    ends = layer_ends(shape, "cyclic", device)
+    scale = shape.width**-0.5
+    out, lse, before, index = triton._forward(q, k, v, ends, None, shape.lead, scale)
+    launch = triton.Launch(q, k, v, before, None, shape.lead, scale)
+    delta = (d_out.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    calls: dict[str, Callable[[], None]] = {
+        "forward": lambda: launch.forward(out, lse, index),
+        "dq": lambda: launch.dq(out, d_out, lse, delta, index, grads[0]),
+        "past": lambda: launch.past_keys(d_out, lse, delta, index, *grads[1:]),
+        "window": lambda: launch.window_keys(d_out, lse, delta, *grads[1:]),
+    }
+
+    def with_tiles(name: str) -> Callable[[Tiles], None]:
+        def step(tile: Tiles) -> None:
+            with override(name, tile):
+                calls[name]()
+
+        return step
+
+    return {name: with_tiles(name) for name in calls}
+
+
+def best(rows: list[dict[str, Any]]) -> list[str]:
+    """The fastest tiles of each kernel and width over all lengths, and per length."""
+    names = ("block_m", "block_n", "window_n", "warps", "stages")
+    lines = []
+    for kernel, width in dict.fromkeys((r["kernel"], r["width"]) for r in rows):
+        mine = [r for r in rows if (r["kernel"], r["width"]) == (kernel, width)]
+        lengths = sorted({r["length"] for r in mine})
+        fastest = {t: min(r["ms"] for r in mine if r["length"] == t) for t in lengths}
+        loss: dict[tuple[int, ...], float] = {}
+        for r in mine:
+            tile = tuple(r[n] for n in names)
+            loss[tile] = loss.get(tile, 0.0) + math.log(r["ms"] / fastest[r["length"]])
+        ranked = sorted(loss, key=loss.__getitem__)[:3]
+        for tile in ranked:
+            times = ", ".join(
+                f"{r['length']}: {r['ms']:.3f} (best {fastest[r['length']]:.3f})"
+                for r in mine
+                if tuple(r[n] for n in names) == tile
+            )
+            lines.append(f"{kernel} width {width}: Tiles{tile}  # ms at {times}")
+    return lines
+
+
+def _compiles(job: tuple[str, Tiles, int, int]) -> bool:
+    """Compile one candidate into the cache on disk; does it fit the chip?"""
+    import torch
+
+    kernel, tile, width, dim = job
+    try:
+        launches(Shape(1024, 1, dim // width, width), torch.device("cuda"))[kernel](tile)
+        torch.cuda.synchronize()
+    except Exception as error:  # out of shared memory or registers: not a candidate
+        print(f"{kernel} {tile}: {str(error).splitlines()[0][:120]}")
+        return False
+    return True

@@ -1,0 +1,94 @@
+"""Chunk attention's Triton kernels in Triton's interpreter: any machine, tiny sizes.
+
+The interpreter computes in numpy, where a bfloat16 product is silently wrong, so float32 and
+float16 stand for all. What only a compiler can break is tested in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from attamba.ops import chunk_attention
+from attamba.ops.chunk_attention.tiles import KERNELS, Tiles, override
+
+pytest.importorskip("triton")
+NAMES = ("out", "dq", "dk", "dv")
+
+
+@pytest.fixture(autouse=True)
+def _poison():
+    """Memory that is not written to is NaN, so what is forgotten shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def run(backend: str, tensors: list[Tensor], *options) -> list[Tensor]:
+    *qkv, weight = tensors
+    qkv = [t.detach().requires_grad_() for t in qkv]
+    out = chunk_attention(*qkv, *options, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out, qkv, weight)]
+
+
+def check(tensors: list[Tensor], ends, lead, doc_ids=None, bound=1e-5) -> None:
+    got = run("triton", tensors, ends, lead, doc_ids)
+    want = run("reference", [t.float() for t in tensors], ends, lead, doc_ids)
+    for name, a, b in zip(NAMES, got, want):
+        assert a.dtype == tensors[0].dtype and a.isfinite().all(), name
+        error = (a.float() - b).norm()
+        assert error <= bound * b.norm() or error < bound * 0.1 * b.numel() ** 0.5, name
+
+
+def inputs(seq, dtype=torch.float32, heads=2, groups=1, width=16, n_queries=None) -> list[Tensor]:
+    n_queries = seq if n_queries is None else n_queries
+    shapes = ((n_queries, heads), (seq, groups), (seq, groups), (n_queries, heads))
+    return [torch.randn(2, t, h, width, dtype=dtype) for t, h in shapes]
+
+
+@pytest.mark.parametrize("seq", [1, 2, 63, 65])
+@pytest.mark.parametrize("lead", [0, 1, 20, None])
+@pytest.mark.parametrize("chunk_size", [1, 3, 64])
+def test_is_its_reference(seq, lead, chunk_size):
+    check(inputs(seq), torch.arange(1, seq + 1) % chunk_size == 0, lead)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("n_queries", [110, 40])
+def test_documents_ends_of_heads_and_fewer_queries(per_head, packed, n_queries):
+    ends = torch.rand((2, 2, 110) if per_head else (2, 110)) < 0.3
+    doc_ids = (torch.rand(2, 110) < 0.04).long().cumsum(1) if packed else None
+    check(inputs(110, heads=4, groups=2, n_queries=n_queries), ends, 5, doc_ids)
+
+
+def test_half_precision_and_odd_widths():
+    check(inputs(70, torch.float16, width=24), torch.rand(70) < 0.3, 6, bound=3e-3)
+
+
+def test_no_ends_is_a_sliding_window():
+    check(inputs(70), None, 6)
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+def test_any_tiles(rows):
+    """A past of several tiles, whole and partly seen, whatever their size."""
+    tensors, ends = inputs(80, heads=1), torch.rand(80) < 0.8
+    for kernel in KERNELS:
+        with override(kernel, Tiles(rows, 16, 16, 4, 1)):
+            check(tensors, ends, 3)
+
+
+def test_what_it_cannot_do_is_an_error(monkeypatch):
+    q, k, v, _ = inputs(5, width=512)
+    with pytest.raises(ValueError, match=r"width 512 .* backend='torch'"):
+        chunk_attention(q, k, v, None, 1, backend="triton")
+    q, k, v, _ = inputs(5)
+    with pytest.raises(ValueError, match=r"scale=0\.0 must be above 0"):
+        chunk_attention(q, k, v, None, 1, scale=0.0, backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="backend='triton' cannot run: the tensors are on cpu"):
+        chunk_attention(q, k, v, None, 1, backend="triton")
+    with pytest.raises(ValueError, match="backend='cuda' must be one of"):
+        chunk_attention(q, k, v, None, 1, backend="cuda")
