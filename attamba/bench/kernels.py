@@ -132,7 +132,7 @@ def measure_attention(
     for name in ("cyclic", "head_cyclic"):
         ours = row["ms"][name]
         row[f"{name}_speedup"] = {part: best[part] / ours[part] for part in best}
-        useful = 4 * shape.width * shape.heads * shape.batch * _visible(shape, name)
+        useful = 4 * shape.width * shape.heads * shape.batch * visible_pairs(shape, name)
         row[f"{name}_matrix_share"] = useful / (ours["forward"] * 1e-3) / ceiling["matrix_flops"]
     return row
 
@@ -167,7 +167,7 @@ def layer_ends(shape: Shape, boundary: str, device: torch.device) -> Tensor:
     return policy(make_span(shape.length, device))[0]
 
 
-def _visible(shape: Shape, boundary: str) -> float:
+def visible_pairs(shape: Shape, boundary: str) -> float:
     """Visible (query, key) pairs of one row, a head's mean."""
     import torch
 
@@ -177,9 +177,6 @@ def _visible(shape: Shape, boundary: str) -> float:
     window = full * (full + 1) / 2 + (shape.length - full) * full
     later = (past - torch.arange(past)).double()
     return window + float((ends[:, :past] * later).sum()) / ends.shape[0]
-
-
-Attention = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 
 
 def _ours(shape: Shape, device: torch.device) -> Iterator[tuple[str, Callable[..., Tensor]]]:
@@ -193,21 +190,27 @@ def _ours(shape: Shape, device: torch.device) -> Iterator[tuple[str, Callable[..
         )
 
 
-def _library() -> Iterator[tuple[str, Callable[..., Tensor]]]:
-    import torch.nn.functional as F
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+def library_kernels() -> tuple[Any, ...]:
+    """What LIBRARY names, for torch.nn.attention.sdpa_kernel."""
+    from torch.nn.attention import SDPBackend
 
-    kinds = (
+    return (
         SDPBackend.CUDNN_ATTENTION,
         SDPBackend.FLASH_ATTENTION,
         SDPBackend.EFFICIENT_ATTENTION,
     )
-    for name, kind in zip(LIBRARY, kinds):
 
-        def attention(q: Tensor, k: Tensor, v: Tensor, kind: SDPBackend = kind) -> Tensor:
-            with sdpa_kernel(kind):
-                qkv = (t.transpose(1, 2) for t in (q, k, v))
-                return F.scaled_dot_product_attention(*qkv, is_causal=True).transpose(1, 2)
+
+def _library() -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    import torch.nn.functional as F
+    from torch.nn.attention import sdpa_kernel
+
+    for name, kernel in zip(LIBRARY, library_kernels()):
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, kernel: Any = kernel) -> Tensor:
+            with sdpa_kernel(kernel):
+                qh, kh, vh = (t.transpose(1, 2) for t in (q, k, v))
+                return F.scaled_dot_product_attention(qh, kh, vh, is_causal=True).transpose(1, 2)
 
         yield name, attention
 
@@ -230,11 +233,12 @@ def _flex(shape: Shape, device: torch.device) -> Iterator[tuple[str, Callable[..
     mask = create_block_mask(
         seen, None, None, shape.length, n_past + shape.length, device=device, _compile=True
     )
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False)
     gathered = torch.nn.functional.pad(index, (0, n_past - index.numel()))
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (torch.cat([t[:, gathered], t], 1) for t in (k, v))
-        return compiled(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask).transpose(1, 2)
+        qh, kh, vh = (t.transpose(1, 2) for t in (q, k, v))
+        return compiled(qh, kh, vh, block_mask=mask).transpose(1, 2)
 
     yield "flex", attention

@@ -7,9 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from attamba.bench import decode, train
-
-BENCHMARKS = {"decode": decode, "train": train}
+from attamba.bench import common, decode, kernels, train
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -17,7 +15,7 @@ def markdown(record: dict[str, Any]) -> str:
     machine = record["environment"]
     settings = ", ".join(f"{key} {value}" for key, value in record["settings"].items())
     blocks = [f"### {record['benchmark']}: {settings}"]
-    blocks += [table.markdown() for table in BENCHMARKS[record["benchmark"]].tables(record)]
+    blocks += [table.markdown() for table in tables(record)]
     if "growth" in record:
         blocks += [f"- {line}" for line in train.growth_lines(record)]
     blocks.append(
@@ -25,6 +23,17 @@ def markdown(record: dict[str, Any]) -> str:
         f"{machine['threads']} threads, torch {machine['torch']}."
     )
     return "\n\n".join(blocks)
+
+
+def tables(record: dict[str, Any]) -> list[common.Table]:
+    """The tables of a result file, as the benchmark that wrote it prints them."""
+    if record["benchmark"] == "train_gpu":
+        from attamba.bench import train_gpu  # needs torch
+
+        return train_gpu.tables(record)
+    return {"decode": decode, "kernels": kernels, "train": train}[record["benchmark"]].tables(
+        record
+    )
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """`attamba bench train`: time and peak memory of one training step, at many sequence lengths.
 
-Every (model, length) is measured in a process of its own, because a process's peak memory never
-goes down: a second measurement in it could not be told from the first.
+On a GPU: see train_gpu. On a CPU every (model, length) is measured in a process of its own,
+because a process's peak memory never goes down: a second measurement in it could not be told from
+the first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from attamba.bench import common
@@ -33,6 +35,10 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print a table and growth exponents, and write --json. Returns the exit status."""
     lengths = common.parse_lengths(args.lengths)
     device = common.set_up(args.device, args.threads)
+    if device.type == "cuda":
+        from attamba.bench import train_gpu
+
+        return _finish(train_gpu.run(args, lengths, device), train_gpu.tables, args)
     record: dict[str, Any] = {
         "benchmark": "train",
         "settings": {
@@ -54,9 +60,18 @@ def run(args: argparse.Namespace) -> int:
             row[name] = _measure(name, length, args, str(device))
         record["rows"].append(row)
     record["growth"] = growth(record["rows"])
+    return _finish(record, tables, args)
+
+
+def _finish(
+    record: dict[str, Any],
+    tables: Callable[[dict[str, Any]], list[common.Table]],
+    args: argparse.Namespace,
+) -> int:
     for table in tables(record):
         print(f"\n{table}")
-    print("", *growth_lines(record), sep="\n")
+    if "growth" in record:
+        print("", *growth_lines(record), sep="\n")
     if args.json is not None:
         common.write_json(args.json, record)
     return 0

@@ -8,6 +8,7 @@ processes as there are cores and then timed one after the other.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
 import multiprocessing
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         for shape in shapes:
             steps = launches(shape, device)
             for kernel, tile, *_ in usable:
-                ms = graph_ms(lambda k=kernel, t=tile, s=steps: s[k](t), 20)
+                ms = graph_ms(functools.partial(steps[kernel], tile), 20)
                 record["rows"].append(
                     {"kernel": kernel, "width": width, "length": shape.length, "ms": ms}
                     | vars(tile)

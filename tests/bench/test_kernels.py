@@ -1,0 +1,74 @@
+"""attamba bench kernels, tune and train on a GPU: what can be checked without one."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+
+from attamba.bench import kernels, report, train_gpu, tune
+from attamba.config import ConfigError
+from attamba.models.accounting import attention_entries, n_parameters
+from attamba.ops.chunk_attention.tiles import KERNELS
+
+
+@pytest.mark.parametrize("module", [kernels, tune])
+def test_needs_cuda_and_says_so(module):
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    with pytest.raises(ConfigError, match=r"--device=cpu: .* needs CUDA"):
+        module.run(parser.parse_args(["--device", "cpu"]))
+
+
+@pytest.mark.parametrize("boundary", ["cyclic", "head_cyclic"])
+def test_visible_pairs_are_those_of_accounting(boundary):
+    """The rate of the kernels counts what queries see, not what tiles compute."""
+    args = argparse.Namespace(dim=512, layers=8, chunk_size=8)
+    config = train_gpu.model_config(boundary, args)
+    shape = kernels.Shape(length=500, batch=1, heads=8, width=64)
+    per_layer = 8 * kernels.visible_pairs(shape, boundary)
+    # Layer 3 of 8 stands for all: their ends differ by a few positions alone.
+    assert per_layer == pytest.approx(attention_entries(config, 500) / 8, rel=0.01)
+
+
+def test_the_trained_models_are_the_papers():
+    args = argparse.Namespace(dim=512, layers=8, chunk_size=8)
+    sizes = {n: n_parameters(train_gpu.model_config(n, args)) for n in train_gpu.CONTENDERS}
+    assert sizes["transformer"] == pytest.approx(60.0e6, rel=0.01)
+    assert sizes["cyclic"] == sizes["head_cyclic"] == pytest.approx(62.8e6, rel=0.01)
+
+
+def test_best_tiles_are_the_fastest_over_all_lengths():
+    rows = [
+        {"kernel": "dq", "width": 64, "length": length, "ms": ms, "block_m": block_m}
+        | {"block_n": 64, "window_n": 64, "warps": 4, "stages": 2}
+        for length, times in ((1024, {64: 1.0, 128: 1.1}), (8192, {64: 2.0, 128: 1.0}))
+        for block_m, ms in times.items()
+    ]
+    first, second = tune.best(rows)
+    assert "Tiles(128, 64, 64, 4, 2)" in first and "Tiles(64, 64, 64, 4, 2)" in second
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("width", [64, 128])
+def test_candidates_are_distinct(kernel, width):
+    tiles = tune.candidates(kernel, width)
+    assert len(tiles) == len(set(tiles)) > 4
+
+
+def test_reports_of_gpu_results():
+    contender = {"step_ms": 10.0, "speedup": 1.5, "peak_bytes": 2**30, "memory_ratio": 0.9}
+    row = {"length": 1024, "batch_size": 64, "transformer": {**contender, "attention": "flash"}}
+    row |= dict.fromkeys(train_gpu.CONTENDERS[:2], contender)
+    environment = {"command": "attamba bench train", "date": "2026-01-01", "device": "a card"}
+    environment |= {"threads": 1, "torch": torch.__version__}
+    record = {"benchmark": "train_gpu", "settings": {}, "environment": environment, "rows": [row]}
+    text = report.markdown(record)
+    assert "| 64 x 1,024 | 10.0 ms | 10.0 ms | 10.0 ms | 1.50 | 1.50 | flash |" in text
+    times = {"forward": 1.0, "both": 3.0}
+    row = {"length": 1024, "heads": 8, "width": 64, "ms": {"cyclic": times, "head_cyclic": times}}
+    row |= {f"{n}_speedup": times for n in ("cyclic", "head_cyclic")}
+    row |= {f"{n}_matrix_share": 0.45 for n in ("cyclic", "head_cyclic")}
+    text = report.markdown({**record, "benchmark": "kernels", "rows": [row]})
+    assert "| 1,024 x 8 heads of 64 | 1.000 ms | 1.000 ms | 1.00 | 1.00 | 45% |" in text
