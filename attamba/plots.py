@@ -176,11 +176,12 @@ def draw_dial(
     """
     sizes, values = [p[1] / 1024 for p in points], [p[2] for p in points]
     ax.plot(sizes, values, color=COLOURS["attamba"], lw=1.6, zorder=1)
-    for (name, _, value), size in zip(points, sizes):
+    for i, ((name, _, value), size) in enumerate(zip(points, sizes)):
         filled = name == trained
         face = COLOURS["attamba"] if filled else ax.get_facecolor()
         ax.scatter(size, value, s=46, color=face, edgecolor=COLOURS["attamba"], lw=1.6, zorder=2)
-        label, above = (f"{name}, trained", -17) if filled else (name, 9)
+        label = f"{name}, trained" if filled else name
+        above = -17 if i % 2 else 9  # in turns, for neighbours may be close
         ax.annotate(
             label, (size, value), xytext=(0, above), textcoords="offset points", ha="center"
         )

@@ -68,18 +68,16 @@ def model_config(name: str, *, dim: int, layers: int, chunk_size: int) -> ModelC
 
 
 def set_up(device: str, threads: int | None) -> torch.device:
-    """Apply --threads and resolve --device. Raises ConfigError for CUDA where there is none."""
+    """Apply --threads and resolve --device. Raises ConfigError for what is not there."""
     import torch
+
+    from attamba.train.runtime import resolve_device
 
     if threads is not None:
         if threads < 1:
             raise ConfigError(f"--threads={threads} must be at least 1")
         torch.set_num_threads(threads)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device={device}: torch finds no CUDA device; use --device cpu")
-    return torch.device(device)
+    return resolve_device(device, "--device")
 
 
 def synchronize(device: torch.device) -> None:

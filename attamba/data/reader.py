@@ -271,10 +271,11 @@ def _jsonl(file: _File, text_key: str) -> Iterator[str]:
             continue
         where = f"{file.name}:{number}"
         try:
-            record = json.loads(line)
-        except ValueError as error:
+            record = json.loads(line.rstrip("\r\n"))
+        except (ValueError, RecursionError) as error:
+            reason = str(error).replace("line 1 column", "column")
             raise DataError(
-                f"{where}: broken JSON ({error}); each line must be one JSON object"
+                f"{where}: broken JSON ({reason}); each line must be one JSON object"
             ) from error
         if not isinstance(record, dict):
             raise DataError(f"{where}: not a JSON object; each line must be one")

@@ -13,7 +13,6 @@ It is written aside and renamed when it is whole, so a folder with a manifest is
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .errors import DataError
+from .files import sha256, sync
 from .pieces import batched, cut
 from .reader import Document, Paths, read_documents
 from .tokenizer import Tokenizer, load_tokenizer
@@ -141,18 +141,23 @@ class TokenDataset:
         """
         folder = Path(folder)
         manifest = _manifest(folder)
-        for name, entry in manifest["files"].items():
-            path = folder / name
-            size = path.stat().st_size if path.is_file() else None
-            if size != entry["bytes"]:
-                state = "is missing" if size is None else f"has {size} bytes"
-                raise DataError(f"{path} {state}, {MANIFEST} says {entry['bytes']} bytes; {_ANEW}")
-        return cls(folder, manifest)
+        try:
+            for name, entry in manifest["files"].items():
+                path = folder / name
+                size = path.stat().st_size if path.is_file() else None
+                if size != entry["bytes"]:
+                    state = "is missing" if size is None else f"has {size} bytes"
+                    raise DataError(
+                        f"{path} {state}, {MANIFEST} says {entry['bytes']} bytes; {_ANEW}"
+                    )
+            return cls(folder, manifest)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{folder / MANIFEST} is damaged ({error!r}); {_ANEW}") from error
 
     def verify(self) -> None:
         """Read every file and compare its SHA-256. Raises DataError for one that was altered."""
         for name, entry in self.manifest["files"].items():
-            if _sha256(self.folder / name) != entry["sha256"]:
+            if sha256(self.folder / name) != entry["sha256"]:
                 raise DataError(f"{self.folder / name} was altered after it was written; {_ANEW}")
 
     @cached_property
@@ -174,7 +179,10 @@ class TokenDataset:
         )
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the stream of all shards, int64 [stop - start]."""
+        """Tokens [start, stop) of the stream of all shards, int64 [stop - start].
+
+        Raises DataError for an id that the vocabulary lacks.
+        """
         if not 0 <= start <= stop <= self.n_tokens:
             raise IndexError(f"tokens [{start}, {stop}) of {self.n_tokens}")
         out = np.empty(stop - start, dtype=np.int64)
@@ -186,7 +194,7 @@ class TokenDataset:
             base = end - len(shard)
             out[at - start : until - start] = shard[at - base : until - base]
             at = until
-        return out
+        return self._checked(out)
 
     def doc_ids(self, start: int, stop: int) -> np.ndarray:
         """The document, counted from 0, of tokens [start, stop); int64 [stop - start].
@@ -206,12 +214,22 @@ class TokenDataset:
         for i, shard in enumerate(self._shards):
             for document in self._documents(i):
                 start = int(document["start"]) + 1
+                stop = start + int(document["n_tokens"])
                 yield TokenizedDocument(
-                    tokens=shard[start : start + int(document["n_tokens"])].astype(np.int64),
+                    tokens=self._checked(shard[start:stop].astype(np.int64)),
                     n_bytes=int(document["n_bytes"]),
                     n_words=int(document["n_words"]),
                     source=sources[document["source"]],
                 )
+
+    def _checked(self, tokens: np.ndarray) -> np.ndarray:
+        """The tokens. Raises DataError for an id that the vocabulary lacks."""
+        if tokens.size and tokens.max() >= self.vocab_size:
+            raise DataError(
+                f"{self.folder} holds the token id {tokens.max()}, but its vocabulary has "
+                f"{self.vocab_size}; it is damaged: {_ANEW}"
+            )
+        return tokens
 
     def _documents(self, shard: int) -> np.ndarray:
         return np.load(self.folder / self.manifest["shards"][shard]["documents"])
@@ -318,13 +336,12 @@ class _Writer:
 
     def _close_shard(self) -> None:
         assert self._file is not None
-        _sync(self._file)
         self._file.close()
         self._file = None
         tokens, documents = self._name("tokens", "bin"), self._name("documents", "npy")
-        with open(self._folder / documents, "wb") as file:
-            np.save(file, np.array(self._records, dtype=DOCUMENT))
-            _sync(file)
+        np.save(self._folder / documents, np.array(self._records, dtype=DOCUMENT))
+        for name in (tokens, documents):
+            sync(self._folder / name)
         self._shards.append(
             {
                 "tokens": tokens,
@@ -360,25 +377,11 @@ class _Writer:
             "files": {
                 path.relative_to(self._folder).as_posix(): {
                     "bytes": path.stat().st_size,
-                    "sha256": _sha256(path),
+                    "sha256": sha256(path),
                 }
                 for path in files
             },
         }
-        with open(self._folder / MANIFEST, "wb") as file:
-            file.write((json.dumps(manifest, indent=1) + "\n").encode())
-            _sync(file)
-
-
-def _sync(file: Any) -> None:
-    """To the disk, so that a rename after it cannot outrun the content."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+        path = self._folder / MANIFEST
+        path.write_bytes((json.dumps(manifest, indent=1) + "\n").encode())
+        sync(path)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .errors import DataError, require
+from .files import write_aside
 from .pieces import batched, cut
 from .reader import Paths, read_documents
 
@@ -85,8 +86,8 @@ class Tokenizer(ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.filename:
-            _write(folder / self.filename, self._content)
-        _write(folder / META, (json.dumps(self.meta(), indent=2) + "\n").encode())
+            write_aside(folder / self.filename, self._content)
+        write_aside(folder / META, (json.dumps(self.meta(), indent=2) + "\n").encode())
 
 
 class ByteTokenizer(Tokenizer):
@@ -320,11 +321,16 @@ def train_bpe(
     vocab_size: tokens, the 256 bytes and the separator <|endoftext|> (id 0) included; at least
         257. A text with too few different words yields fewer: see the result's vocab_size.
     out: a ``.json`` file, or a folder, in which tokenizer.json and tokenizer_meta.json are put.
+
+    Raises DataError for what read_documents refuses, and a vocab_size or out that cannot be.
     """
     if vocab_size < 257:
         raise DataError(
             f"vocab_size={vocab_size} must be at least 257: the 256 bytes and {SEPARATOR}"
         )
+    out = Path(out)
+    if out.is_file() and out.suffix != ".json":
+        raise DataError(f"out={out} is a file; name a folder or a .json file to write")
     package = require("tokenizers")
     byte_level = package.pre_tokenizers.ByteLevel
     bpe = package.Tokenizer(package.models.BPE())
@@ -340,10 +346,9 @@ def train_bpe(
     pieces = (piece for document in documents for piece in cut(document.text))
     bpe.train_from_iterator(_batched(pieces), trainer=trainer)
     tokenizer = HFTokenizer(bpe.to_str(pretty=True).encode())
-    out = Path(out)
     if out.suffix == ".json":
         out.parent.mkdir(parents=True, exist_ok=True)
-        _write(out, tokenizer._content)
+        write_aside(out, tokenizer._content)
     else:
         tokenizer.save(out)
     return tokenizer
@@ -372,10 +377,3 @@ def _content(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(f"tokenizer file {path} does not exist; check the path") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file aside and rename it, so that it is never half written."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(content)
-    os.replace(aside, path)

@@ -32,6 +32,11 @@ def stdlib_files(root: Path | None = None) -> tuple[list[Path], list[Path]]:
             f"{root} holds {len(files)} usable .py files, but the demo needs two at least; run it "
             f"with a Python whose standard library is installed as source"
         )
+    return split(files)
+
+
+def split(files: list[Path]) -> tuple[list[Path], list[Path]]:
+    """The files but the first one in HELD_OUT, and those."""
     n_held_out = max(1, len(files) // HELD_OUT)
     return files[n_held_out:], files[:n_held_out]
 

@@ -74,6 +74,7 @@ def demo(
     of the standard library. Raises ConfigError if `out` holds a demo with other settings.
     """
     from attamba.data import load_tokenizer
+    from attamba.data.files import write_json
     from attamba.demo import measure, report
     from attamba.plots import pyplot
     from attamba.train import train
@@ -106,7 +107,7 @@ def demo(
         **measure.measure(models, load_tokenizer("bytes"), held_out, settings, say),
     }
     results["seconds"] = time.perf_counter() - begin
-    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    write_json(out / "results.json", results)
     report.write_report(results, out / "report.html")
     _show(results, out, say)
     return results
@@ -114,6 +115,8 @@ def demo(
 
 def _settle(settings: DemoSettings, out: Path, minutes: float, say: Say) -> DemoSettings:
     """Settings with a number of steps: that of a demo begun in `out`, or as many as fit."""
+    from attamba.data.files import write_json
+
     path = out / "settings.json"
     if path.exists():
         begun = json.loads(path.read_text(encoding="utf-8"))
@@ -132,8 +135,7 @@ def _settle(settings: DemoSettings, out: Path, minutes: float, say: Say) -> Demo
     if settings.steps is None:
         say("Timing a few steps of both models ...")
         settings = replace(settings, steps=fit_steps(settings, minutes))
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(settings), indent=1), encoding="utf-8")
+    write_json(path, asdict(settings))
     return settings
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from attamba.config import (
@@ -18,6 +18,10 @@ from attamba.config import (
 )
 
 MODELS = ("attamba", "transformer")
+LEARNING_RATES = {"attamba": 2e-3, "transformer": 2e-3}
+"""Chosen for each by attamba.demo.tune: studies/demo-rates."""
+SEED_SPREAD = 0.06
+"""Bits per byte between two seeds of one model at its rate, about: studies/demo-rates."""
 TRAINING_SHARE = 0.75
 """Of the demo's minutes; the rest is for preparing, evaluating and timing the decoder."""
 MAX_STEPS = 1500
@@ -35,7 +39,8 @@ class DemoSettings:
     leading_tokens: int = 64
     seq_len: int = 512
     batch_size: int = 2
-    lr: float = 4e-3
+    lr: dict[str, float] = field(default_factory=LEARNING_RATES.copy)
+    """Peak learning rate of each model."""
     seed: int = 0
     steps: int | None = None
     """Optimizer steps of each model. Default: as many as fit, see fit_steps."""
@@ -90,7 +95,7 @@ def run_config(settings: DemoSettings, name: str, out: Path, *, progress: bool =
             seq_len=settings.seq_len,
             batch_size=settings.batch_size,
         ),
-        optim=OptimConfig(lr=settings.lr, warmup_steps=steps // 10, min_lr_ratio=0.02),
+        optim=OptimConfig(lr=settings.lr[name], warmup_steps=steps // 10, min_lr_ratio=0.02),
         train=TrainConfig(
             steps=steps,
             seed=settings.seed,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from attamba.config import ConfigError, ModelConfig, RunConfig, from_dict, override_model, to_dict
+from attamba.data.files import sync
 from attamba.models import Decoder, build_model
 from attamba.train.optim import optimizer_tensors, restore_optimizer
 from attamba.train.runtime import resolve_device, rng_state, set_rng_state
@@ -33,7 +34,6 @@ from attamba.train.storage import (
     list_checkpoints,
     remedy,
     seal,
-    sync,
     verify,
 )
 
@@ -235,23 +235,23 @@ def load_weights(
     for a tensor that is missing, left over or of another shape.
     """
     saved, wanted = _load_tensors(folder / MODEL), named_tensors(model)
-    remedy = f"; {folder / CONFIG} and {MODEL} are not of one model"
+    why = f"; {folder / CONFIG} and {MODEL} are not of one model"
     if overrides:
         keys = ", ".join(f"{key}={value}" for key, value in overrides.items())
-        remedy = (
+        why = (
             f": the override {keys} changes the model's parameters, for which there are no "
             f"weights; override only what leaves them alone (chunk_size, leading_tokens, "
             f"boundary, ...)"
         )
     for name in [*wanted, *(name for name in saved if name not in wanted)]:
         if name not in saved:
-            raise CheckpointError(f"tensor {name} is not in {folder / MODEL}{remedy}")
+            raise CheckpointError(f"tensor {name} is not in {folder / MODEL}{why}")
         if name not in wanted:
-            raise CheckpointError(f"tensor {name} of {folder / MODEL} is not in the model{remedy}")
+            raise CheckpointError(f"tensor {name} of {folder / MODEL} is not in the model{why}")
         if saved[name].shape != wanted[name].shape:
             raise CheckpointError(
                 f"tensor {name} is {list(saved[name].shape)} in {folder / MODEL} and "
-                f"{list(wanted[name].shape)} in the model{remedy}"
+                f"{list(wanted[name].shape)} in the model{why}"
             )
     with torch.no_grad():
         for name, tensor in wanted.items():

@@ -76,7 +76,7 @@ def train(config: RunConfig, *, resume: bool = True, on_log: OnLog | None = None
     KeyboardInterrupt) after Ctrl-C or SIGTERM.
     """
     config.validate()
-    device = resolve_device(config.train.device)
+    device = resolve_device(config.train.device, "train.device")
     run_dir = Path(config.out)
     with lock(run_dir), open_progress(run_dir.name, enabled=config.train.progress) as progress:
         checkpoint = open_run_folder(run_dir, config, resume=resume)
@@ -132,7 +132,7 @@ class _Run:
     def take_step(self) -> dict[str, float]:
         """One optimizer step; loss, lr and grad_norm of it. Raises TrainingDiverged."""
         began = time.perf_counter()
-        batch = self.sources.batch(self.step)
+        batch = self.sources.train.batch(self.step)
         self.model.set_draw(self.step)
         self.optimizer.zero_grad()
         mean_loss = self.gradients(batch)

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from attamba.data import MissingPackageError
+from attamba.data.files import write_aside
 
 Record = dict[str, Any]
 
@@ -57,9 +58,7 @@ class MetricsLog:
         written = read_metrics(path) if step and path.exists() else []
         self.records = [record for record in written if record["step"] <= step]
         """All records of the run."""
-        aside = path.with_name(".metrics.jsonl.tmp")
-        aside.write_text("".join(map(_line, self.records)), encoding="utf-8")
-        os.replace(aside, path)
+        write_aside(path, "".join(map(_line, self.records)).encode())
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
 
     def write(self, record: Record) -> None:

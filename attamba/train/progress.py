@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-Record = dict[str, Any]
+from attamba.train.metrics import Record
 
 
 class Silent:

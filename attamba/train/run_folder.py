@@ -6,8 +6,6 @@ fly), tensorboard/ (if asked for).
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 from attamba.config import ConfigError, RunConfig, to_dict
 from attamba.data import is_prepared
+from attamba.data.files import write_json
 from attamba.train.checkpoint import read_config
 from attamba.train.storage import list_checkpoints, remove_leftovers, verify
 
@@ -38,11 +37,16 @@ def lock(run_dir: Path) -> Iterator[None]:
     """Hold the folder for this process, making it if need be.
 
     The system drops the lock when the process ends, however it ends. Raises ConfigError if another
-    process holds it.
+    process holds it, or `out` cannot be a folder.
     """
     import fcntl
 
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(
+            f"out={run_dir} is, or is below, a file that is no folder; set another out"
+        ) from error
     with open(run_dir / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,10 +75,7 @@ def open_run_folder(run_dir: Path, config: RunConfig, *, resume: bool) -> Path |
             )
         verify(newest)
         _check_same(read_config(newest), config, run_dir)
-    text = json.dumps(to_dict(config), indent=1) + "\n"
-    aside = run_dir / ".config.json.tmp"
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, run_dir / "config.json")
+    write_json(run_dir / "config.json", to_dict(config))
     return newest
 
 

@@ -9,10 +9,11 @@ import torch
 from attamba.config import ConfigError
 
 
-def resolve_device(name: str | torch.device) -> torch.device:
+def resolve_device(name: str | torch.device, field: str = "device") -> torch.device:
     """The torch device of "auto" (CUDA if there is one, else CPU), "cpu", "cuda", "cuda:1", ...
 
-    Raises ConfigError for a name that is no device, or a device that is not there.
+    field: what the user gave the name to, for messages. Raises ConfigError for a name that is no
+    device, or a device that is not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -20,12 +21,12 @@ def resolve_device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(
-            f"train.device={name!r} is not a device; give auto, cpu, cuda, cuda:1, ..."
+            f"{field}={name!r} is not a device; give auto, cpu, cuda, cuda:1, ..."
         ) from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"train.device={str(name)!r}: torch sees {torch.cuda.device_count()} CUDA devices; "
-            f"set train.device=auto or cpu"
+            f"{field}={str(name)!r}: torch sees {torch.cuda.device_count()} CUDA devices; "
+            f"set {field}=auto or cpu"
         )
     return device
 

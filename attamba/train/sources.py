@@ -11,7 +11,6 @@ from pathlib import Path
 
 from attamba.config import ConfigError, DataConfig, RunConfig
 from attamba.data import (
-    Batch,
     Batches,
     DataError,
     TokenDataset,
@@ -34,17 +33,6 @@ class Sources:
     tokenizer: Tokenizer
     fingerprints: dict[str, str | None]
     """Of the tokenizer and of the tokens of train and valid; equal for equal data."""
-
-    def batch(self, step: int) -> Batch:
-        """The training batch of a step. Raises DataError for an id that the vocabulary lacks."""
-        batch = self.train.batch(step)
-        highest = max(int(batch.inputs.max()), int(batch.targets.max()))
-        if highest >= self.train.dataset.vocab_size:
-            raise DataError(
-                f"{self.train.dataset.folder} holds the token id {highest}, but its vocabulary has "
-                f"{self.train.dataset.vocab_size}; it is damaged: prepare the data anew"
-            )
-        return batch
 
     def valid_windows(self, rows: int) -> list[int]:
         """Up to `rows` windows, spread evenly over the validation text: always the same."""
@@ -138,7 +126,11 @@ def _open(
     if not fresh and is_prepared(prepared):
         return TokenDataset.open(prepared)
     say(f"Preparing {', '.join(paths)} ...")
-    dataset = prepare(paths, prepared, tokenizer())
+    made_with = tokenizer()
+    try:
+        dataset = prepare(paths, prepared, made_with)
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
     say(f"{dataset.n_documents:,} documents, {dataset.n_tokens:,} tokens in {prepared}")
     return dataset
 

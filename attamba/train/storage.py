@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from attamba.data.files import sha256, sync
 
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
 FORMAT = 1
@@ -67,9 +68,12 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
 
 def remove_leftovers(run_dir: Path) -> None:
     """Delete what a killed run was writing or deleting."""
-    patterns = ("checkpoints/.tmp-*", "data/.*.partial", "data/.*.old")
-    for leftover in [path for pattern in patterns for path in run_dir.glob(pattern)]:
+    folders = ("checkpoints/.tmp-*", "data/.*.partial", "data/.*.old")
+    for leftover in [path for pattern in folders for path in run_dir.glob(pattern)]:
         shutil.rmtree(leftover)
+    for pattern in (".config.json.*", ".metrics.jsonl.*"):
+        for leftover in run_dir.glob(pattern):
+            leftover.unlink()
 
 
 def remove_old(run_dir: Path, keep: int) -> None:
@@ -89,7 +93,7 @@ def seal(folder: Path, **about: Any) -> None:
     entries = {
         path.relative_to(folder).as_posix(): {
             "size": path.stat().st_size,
-            "sha256": _sha256(path),
+            "sha256": sha256(path),
         }
         for path in files
     }
@@ -98,15 +102,6 @@ def seal(folder: Path, **about: Any) -> None:
     manifest.write_text(text, encoding="utf-8")
     for path in [*files, manifest, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
         sync(path)
-
-
-def sync(path: Path) -> None:
-    """fsync a file, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def verify(folder: Path, leave_out: Iterable[str] = ()) -> dict[str, Any]:
@@ -118,21 +113,31 @@ def verify(folder: Path, leave_out: Iterable[str] = ()) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
-        version = manifest["format"]
+        _check_format(path, manifest["format"])
+        files = {
+            name: (int(entry["size"]), str(entry["sha256"]))
+            for name, entry in manifest["files"].items()
+        }
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; {remedy(folder)}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}); {remedy(folder)}") from error
+    for name, (size, digest) in files.items():
+        if name not in leave_out:
+            _verify_file(folder, name, size, digest)
+    return manifest
+
+
+def _check_format(path: Path, version: Any) -> None:
+    if not isinstance(version, int):  # prepared text has a manifest too
+        raise CheckpointError(
+            f"{path} is not the manifest of a checkpoint; give a run folder or a checkpoint folder"
+        )
     if version != FORMAT:
         raise CheckpointError(
             f"{path} has format {version}, this program reads format {FORMAT}; use the version of "
             f"attamba that wrote it"
         )
-    for name, entry in files.items():
-        if name not in leave_out:
-            _verify_file(folder, name, entry)
-    return manifest
 
 
 def remedy(folder: Path) -> str:
@@ -147,27 +152,19 @@ def remedy(folder: Path) -> str:
     return f"{text}, or delete {folder} to go on from {older[-1].name}"
 
 
-def _verify_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
+def _verify_file(folder: Path, name: str, expected: int, digest: str) -> None:
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; {remedy(folder)}")
     # A tokenizer from elsewhere is the likeliest reason for a change in its folder.
     why = "; tokenizer and checkpoint do not match" if name.startswith(f"{TOKENIZER}/") else ""
     size = path.stat().st_size
-    if size < entry["size"]:
+    if size < expected:
         raise CheckpointError(
-            f"{path} is truncated: {size} bytes of {entry['size']}{why}; {remedy(folder)}"
+            f"{path} is truncated: {size} bytes of {expected}{why}; {remedy(folder)}"
         )
-    if size > entry["size"] or _sha256(path) != entry["sha256"]:
+    if size > expected or sha256(path) != digest:
         raise CheckpointError(
             f"{path} was altered after it was saved: its SHA-256 is not the manifest's{why}; "
             f"{remedy(folder)}"
         )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()

@@ -226,6 +226,8 @@ def test_utf16(tmp_path):
     ("line", "fragment"),
     [
         ("{'text': 1}", "a.jsonl:2: broken JSON"),
+        ('{"text": "a"', "broken JSON (Expecting ',' delimiter: column 13 (char 12)); each line"),
+        ('{"text": ' + "[" * 100_000, "broken JSON (maximum recursion depth exceeded"),
         ("[1]", "a.jsonl:2: not a JSON object"),
         ('{"body": "x"}', "a.jsonl:2: no key 'text' (keys: 'body'); set text_key"),
         ('{"text": null}', "a.jsonl:2: 'text' is NoneType, not text"),

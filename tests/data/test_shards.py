@@ -311,6 +311,25 @@ def test_damaged_manifest(prepared, content):
         TokenDataset.open(prepared)
 
 
+@pytest.mark.parametrize("change", [{"files": None}, {"files": {"a": 1}}, {"n_tokens": ...}])
+def test_manifest_with_missing_entries(prepared, change):
+    path = prepared / "manifest.json"
+    manifest = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({k: v for k, v in manifest.items() if v is not ...}))
+    with pytest.raises(DataError, match=r"manifest\.json is damaged .*; prepare the data anew"):
+        TokenDataset.open(prepared)
+
+
+def test_an_id_outside_the_vocabulary(prepared):
+    tokens = np.memmap(prepared / "tokens-00000.bin", dtype="<u2", mode="r+")
+    tokens[1] = 256
+    tokens.flush()
+    dataset = TokenDataset.open(prepared)
+    for read in (lambda: dataset.tokens(0, 2), lambda: list(dataset.documents())):
+        with pytest.raises(DataError, match=r"holds the token id 256, but its vocabulary has 256"):
+            read()
+
+
 def test_is_prepared_of_other_things(corpus, tmp_path):
     assert not is_prepared(tmp_path)
     assert not is_prepared(corpus)

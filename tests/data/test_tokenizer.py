@@ -220,6 +220,9 @@ def test_train_bpe_refuses(tmp_path):
         train_bpe("a.txt", 256, tmp_path / "t.json")
     with pytest.raises(DataError, match=r"no\.txt does not exist"):
         train_bpe(tmp_path / "no.txt", 300, tmp_path / "t.json")
+    (tmp_path / "a.txt").write_text("ab ab")
+    with pytest.raises(DataError, match=r"a\.txt is a file; name a folder or a \.json file"):
+        train_bpe(tmp_path / "a.txt", 300, tmp_path / "a.txt")
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\nbroken\n')
     with pytest.raises(DataError, match=r"a\.jsonl:2: broken JSON"):
         train_bpe(tmp_path / "a.jsonl", 300, tmp_path / "t.json")

@@ -110,6 +110,19 @@ def test_page_is_whole_and_needs_nothing_else(finished: tuple[Path, list[str]]) 
     assert "def" in page.text and "nan" not in page.text.split()
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "verdict"),
+    [
+        (2.0, 2.1, "byte of them and the transformer 2.100: Attamba predicts better"),
+        (2.1, 2.0, "the transformer predicts better"),
+        (2.01, 2.0, "no clear difference, for another seed moves either by about 0.06"),
+    ],
+)
+def test_the_page_says_who_predicts_better(ours: float, theirs: float, verdict: str) -> None:
+    bits = {"attamba": ours, "transformer": theirs}
+    assert verdict in report._quality({"bits_per_byte": bits})
+
+
 def test_results_are_measured(finished: tuple[Path, list[str]]) -> None:
     results: dict[str, Any] = json.loads((finished[0] / "results.json").read_text())
     configs = {name: model_config(TINY, name) for name in settings.MODELS}

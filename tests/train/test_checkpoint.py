@@ -8,7 +8,7 @@ import torch
 
 import attamba
 from attamba.config import ConfigError, RunConfig
-from attamba.data import load_tokenizer, train_bpe
+from attamba.data import load_tokenizer, prepare, train_bpe
 from attamba.models import build_model
 from attamba.train import (
     CheckpointError,
@@ -206,12 +206,21 @@ def test_a_missing_file_is_found(saved, name):
         load(folder)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"files": {}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"files": {}}', '{"format": 1, "files": {"a": {}}}']
+)
 def test_a_damaged_manifest_is_found(saved, content):
     _, folder = saved()
     (folder / MANIFEST).write_text(content)
     with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
         load(folder)
+
+
+def test_a_prepared_folder_is_no_checkpoint(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    prepare(tmp_path / "a.txt", tmp_path / "out", load_tokenizer("bytes"))
+    with pytest.raises(CheckpointError, match="is not the manifest of a checkpoint; give a run"):
+        load(tmp_path / "out")
 
 
 def test_a_checkpoint_of_a_later_format_says_so(saved):

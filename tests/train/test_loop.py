@@ -91,7 +91,7 @@ def test_accumulation_gives_the_gradient_of_the_mean_over_all_tokens(make_config
     gradients = []
     for accumulate in (1, 2, 4):
         run = run_of(make_config({"train.accumulate": accumulate}), tmp_path)
-        loss = run.gradients(run.sources.batch(0))
+        loss = run.gradients(run.sources.train.batch(0))
         gradients.append((loss, [p.grad for p in run.model.parameters()]))
     (loss, whole), *others = gradients
     for other_loss, parts in others:
@@ -222,9 +222,12 @@ def test_an_id_outside_the_vocabulary_is_refused_before_it_is_trained_on(
     tokens = np.memmap(folder / "tokens-00000.bin", dtype="<u2", mode="r+")
     tokens[:] = 5000
     tokens.flush()
-    config = make_config({"data.train": str(folder), "model.vocab_size": 512})
-    with pytest.raises(DataError, match="holds the token id 5000, but its vocabulary has"):
-        train(config)
+    prepare(texts, tmp_path / "good", bpe)
+    for train_on, validate_on in (("damaged", "good"), ("good", "damaged")):
+        data = {"data.train": str(tmp_path / train_on), "data.valid": str(tmp_path / validate_on)}
+        config = make_config({**data, "model.vocab_size": 512}, out=train_on)
+        with pytest.raises(DataError, match="holds the token id 5000, but its vocabulary has"):
+            train(config)
 
 
 @pytest.mark.parametrize("where", ["head.weight", "norm.weight"])

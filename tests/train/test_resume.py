@@ -3,6 +3,8 @@ import os
 import shutil
 import signal
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,6 +211,22 @@ def test_leftovers_of_a_killed_run_are_removed(make_config):
         (folder / "model.safetensors").write_bytes(b"half")
     train(config)
     assert not any(folder.exists() for folder in leftovers)
+
+
+def test_half_written_files_are_removed(make_config):
+    config = make_config({"train.steps": 1})
+    os.makedirs(config.out)
+    for name in (".config.json.123", ".metrics.jsonl.123"):
+        (Path(config.out) / name).write_text("{")
+    train(config)
+    assert [path.name for path in Path(config.out).glob(".*")] == [".lock"]
+
+
+def test_a_file_in_the_place_of_out(make_config, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"out=.* a file that is no folder; set another out"):
+            train(replace(make_config(), out=str(out)))
 
 
 def test_two_processes_cannot_train_in_one_folder(make_config):

@@ -1,0 +1,47 @@
+"""Files that are never half written, and what they hold as a SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_aside(path: Path, content: bytes) -> None:
+    """Write a file aside and rename it: at any moment `path` holds the old content or the new.
+
+    A process that is killed may leave the file aside, ".<name>.<process id>"; an error does not.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """write_aside of a tree as JSON, making the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, (json.dumps(tree, indent=1) + "\n").encode())
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk: a later rename cannot outrun it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
