@@ -28,12 +28,14 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(READY)
 
-# One torch line for every platform: pip picks the build, and that build its own companions.
+# One torch line for every platform: pip picks the build, and a CUDA build its own companions,
+# triton among them. Beside a CPU build any triton serves: kernels then run in its interpreter.
 lock:                   ## resolve requirements.lock anew (needs uv)
 	uv pip compile pyproject.toml requirements.in --all-extras --universal --python-version 3.10 \
 		--no-annotate --no-header $(UV_FLAGS) \
 		| grep -vE '^(nvidia-|cuda-|triton|torch==)' > requirements.lock.new
 	echo 'torch==2.13.0' >> requirements.lock.new
+	echo "triton>=3.6,<4 ; sys_platform == 'linux' and platform_machine == 'x86_64'" >> requirements.lock.new
 	mv requirements.lock.new requirements.lock
 
 clean:

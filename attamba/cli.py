@@ -91,12 +91,16 @@ def build_parser() -> argparse.ArgumentParser:
     _train(commands)
     _eval(commands)
     _generate(commands)
+    _export(commands)
+    _import(commands)
+    _serve(commands)
     bench = commands.add_parser("bench", help="time and memory, measured")
     benches = bench.add_subparsers(metavar="WHAT", required=True)
     _delegated(benches, "decode", "attamba.bench.decode", "a decoding step, at many lengths")
     _delegated(benches, "kernels", "attamba.bench.kernels", "the operators alone, on a GPU")
     _delegated(benches, "tune", "attamba.bench.tune", "tile sizes of the attention kernels")
     _delegated(benches, "train", "attamba.bench.train", "a training step, at many lengths")
+    _delegated(benches, "hf", "attamba.bench.hf", "transformers' generate() against our own")
     data = commands.add_parser("data", help="tokenize text, train a tokenizer")
     datas = data.add_subparsers(metavar="WHAT", required=True)
     _data_prepare(datas)
@@ -132,6 +136,7 @@ def _train(commands: Commands) -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="CONFIG key=value",
         help="a YAML file, if any, then keys that differ from it: data.train=texts/ optim.lr=1e-3",
     )
@@ -148,6 +153,7 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="key=value",
         help="config keys to change at test time: mixer.chunk_size=4",
     )
@@ -215,6 +221,51 @@ def _generate(commands: Commands) -> None:
     parser.add_argument(
         "--stop", action="append", metavar="TEXT", help="end before this text; repeatable"
     )
+
+
+def _export(commands: Commands) -> None:
+    parser = _leaf(
+        commands, "export", "write a checkpoint as a folder for transformers", _later("export")
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", help="a run folder or a checkpoint folder")
+    parser.add_argument("out", metavar="DIR", help="the folder to write; new, or empty")
+    parser.add_argument(
+        "--eval",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a score for the model card: what `attamba eval --json` wrote; repeatable",
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default: 5GB)"
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="put the model's code into the folder, for machines without this package",
+    )
+
+
+def _import(commands: Commands) -> None:
+    parser = _leaf(
+        commands, "import", "read a folder of transformers as a checkpoint", _later("import_folder")
+    )
+    parser.add_argument("folder", metavar="DIR", help="what export or save_pretrained wrote")
+    parser.add_argument("out", metavar="OUT", help="the run folder to put the checkpoint in")
+    parser.add_argument(
+        "--tokenizer", metavar="SPEC", help="bytes, or a tokenizer file (default: the folder's)"
+    )
+
+
+def _serve(commands: Commands) -> None:
+    parser = _leaf(
+        commands, "serve", "answer requests as `transformers serve` does", _later("serve")
+    )
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="a run or checkpoint folder, or an exported one"
+    )
+    parser.add_argument("--host", default="localhost", help="default: localhost")
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
 
 
 def _data_prepare(commands: Commands) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -23,6 +23,7 @@ from attamba.data import (
     read_documents,
     train_bpe,
 )
+from attamba.data.files import write_json
 from attamba.display import columns, format_bytes
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def evaluate(args: argparse.Namespace) -> int:
     from attamba.dial import sweep
     from attamba.evaluate import evaluate
 
+    if args.json is not None:
+        _make_folder(Path(args.json))
     folder, config, model, tokenizer = _load(args)
     documents = _documents(args, folder, config, tokenizer)
     options: dict[str, Any] = {
@@ -80,9 +83,16 @@ def evaluate(args: argparse.Namespace) -> int:
         rows = sweep(model, tokenizer, documents, field, values, on_row=_print_row, **options)
         record |= {"field": field, **options, "rows": [row.to_dict() for row in rows]}
     if args.json is not None:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(Path(args.json), record)
     return 0
+
+
+def _make_folder(path: Path) -> None:
+    """The folder of --json: one that cannot be shows now, not after the scoring."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--json={path}: {error.strerror}; name another file") from error
 
 
 def _context(text: str | None, default: int) -> int | None:
@@ -142,10 +152,18 @@ def _documents(
     """What --data names, or what the run held out."""
     from attamba.evaluate import held_out_documents
 
-    if args.data:
-        if len(args.data) == 1 and is_prepared(args.data[0]):
-            return _open(args.data[0], tokenizer).documents()
+    ready = [path for path in args.data or () if is_prepared(path)]
+    if args.data and not ready:
         return read_documents(args.data, split_on=args.split_on, text_key=args.text_key)
+    if args.split_on is not None:
+        raise ConfigError(
+            f"--split-on={args.split_on} splits text, and these are prepared documents; leave it "
+            f"out, or give the text with --data PATH"
+        )
+    if ready:
+        if len(args.data) > 1:
+            raise ConfigError(f"--data: {ready[0]} is a prepared folder, which must be given alone")
+        return _open(ready[0], tokenizer).documents()
     run_dir = folder.resolve().parent.parent
     if config.data.valid:
         return _prepared(config.data.valid, run_dir / "data" / "valid", tokenizer).documents()
@@ -220,20 +238,24 @@ def generate(args: argparse.Namespace) -> int:
 
 def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt is not None:
-        return args.prompt
+        # Bytes that are no text come from the command line as lone surrogates.
+        raw = [prompt.encode("utf-8", "surrogateescape") for prompt in args.prompt]
+        return [_decoded(prompt, "--prompt") for prompt in raw]
     if args.prompt_file is not None:
-        return [_decoded(Path(args.prompt_file).read_bytes(), args.prompt_file)]
-    if sys.stdin.isatty():
+        data, source = Path(args.prompt_file).read_bytes(), args.prompt_file
+    elif sys.stdin.isatty():
         raise ConfigError(
             "there is no prompt: give --prompt TEXT or --prompt-file FILE, or pipe it in"
         )
-    return [_decoded(sys.stdin.buffer.read(), "standard input")]
+    else:
+        data, source = sys.stdin.buffer.read(), "standard input"
+    # Files and echo end with a newline that is not meant.
+    return [_decoded(data, source).removesuffix("\n")]
 
 
 def _decoded(data: bytes, source: str) -> str:
-    """Text of a prompt, less a final newline, which files and echo end with."""
     try:
-        return data.decode("utf-8").removesuffix("\n")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{source} is not UTF-8 text: {error}; convert it") from error
 
@@ -245,6 +267,51 @@ def _speed(stats: GenerationStats) -> str:
         f"{format_bytes(stats.cache_bytes_used)} used, "
         f"{format_bytes(stats.cache_bytes_allocated)} allocated"
     )
+
+
+# --------------------------------------------------------------------------------------------
+# export, import, serve
+# --------------------------------------------------------------------------------------------
+
+
+def export(args: argparse.Namespace) -> int:
+    """`attamba export CKPT DIR`."""
+    _need_transformers()
+    from attamba.hf.export import export
+
+    out = export(
+        args.checkpoint,
+        args.out,
+        evals=args.eval,
+        max_shard_size=args.max_shard_size,
+        remote_code=args.trust_remote_code,
+    )
+    how = "with trust_remote_code=True" if args.trust_remote_code else "after `import attamba.hf`"
+    print(f"{out}: ready for AutoModelForCausalLM.from_pretrained, {how}")
+    return 0
+
+
+def import_folder(args: argparse.Namespace) -> int:
+    """`attamba import DIR OUT`."""
+    _need_transformers()
+    from attamba.hf.export import import_folder
+
+    checkpoint = import_folder(args.folder, args.out, tokenizer=args.tokenizer)
+    print(f"{checkpoint}: try it: attamba generate {args.out}")
+    return 0
+
+
+def serve(args: argparse.Namespace) -> int:
+    """`attamba serve CKPT`."""
+    _need_transformers()
+    from attamba.serve import serve
+
+    return serve(args.checkpoint, host=args.host, port=args.port)
+
+
+def _need_transformers() -> None:
+    if importlib.util.find_spec("transformers") is None:
+        raise ImportError("transformers is not installed; it comes with: pip install 'attamba[hf]'")
 
 
 # --------------------------------------------------------------------------------------------
@@ -276,7 +343,9 @@ def data_tokenizer(args: argparse.Namespace) -> int:
     tokenizer = train_bpe(
         args.paths, args.vocab_size, args.out, split_on=args.split_on, text_key=args.text_key
     )
-    print(f"{args.out}: a BPE of {tokenizer.vocab_size:,} tokens")
+    fewer = tokenizer.vocab_size < args.vocab_size
+    asked = f", fewer than --vocab-size={args.vocab_size:,}: the text yields no more"
+    print(f"{args.out}: a BPE of {tokenizer.vocab_size:,} tokens{asked if fewer else ''}")
     return 0
 
 

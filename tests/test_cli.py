@@ -150,6 +150,7 @@ def test_other_modules_bring_their_own_commands(arguments, module, monkeypatch):
 
 def test_errors_are_one_line(folder, capsys, tmp_path):
     run = folder / "run"
+    (tmp_path / "file").touch()
     for arguments, message in [
         (["train", tmp_path / "no.yaml"], f"{tmp_path}/no.yaml: No such file or directory"),
         (["train", "a.yaml", "b.yaml"], "a.yaml and b.yaml: give one CONFIG file at most"),
@@ -167,6 +168,15 @@ def test_errors_are_one_line(folder, capsys, tmp_path):
         (["eval", run, "--device", "gpu"], "is not a device"),
         (["generate", run, "--prompt", "a", "--top-p", "2"], "top_p=2.0 must be above 0"),
         (["generate", run, "--prompt-file", tmp_path / "no"], "No such file or directory"),
+        (["generate", run, "--prompt", "a\udcff"], "--prompt is not UTF-8 text"),
+        (
+            ["eval", run, "--json", tmp_path / "file" / "a.json"],
+            "a.json: File exists; name another",
+        ),
+        (
+            ["train", "data.train=no.txt", f"out={tmp_path}/y", "train.progress=false"],
+            "data.train: no.txt does not exist",
+        ),
         (["data", "prepare", tmp_path / "out", tmp_path / "no.txt"], "no.txt"),
     ]:
         assert message in _fails(capsys, *arguments), arguments
@@ -277,8 +287,13 @@ def test_eval_of_prepared_text(run, folder, tmp_path, capsys):
     capsys.readouterr()
     status, out, _ = run("eval", "--data", tmp_path / "same", "--max-tokens", 50)
     assert status == 0 and "1 documents, 50 tokens" in out
-    message = _fails(capsys, "eval", folder / "run", "--data", tmp_path / "other")
-    assert "was prepared with another tokenizer than the checkpoint's" in message
+    for arguments, message in (
+        (["--data", tmp_path / "other"], "was prepared with another tokenizer than the checkpoint"),
+        (["--data", tmp_path / "same", folder / "texts"], "same is a prepared folder, which must"),
+        (["--data", tmp_path / "same", "--split-on", "x"], "--split-on=x splits text, and these"),
+        (["--split-on", "x"], "--split-on=x splits text, and these"),
+    ):
+        assert message in _fails(capsys, "eval", folder / "run", *arguments)
 
 
 def test_eval_where_nothing_was_held_out(folder, tmp_path, capsys):
@@ -403,6 +418,15 @@ def test_data_prepare_and_tokenizer(folder, tmp_path, capsys):
     assert (dataset.n_documents, len(dataset.manifest["shards"])) == (2, 2)
     line = f"2 documents, {dataset.n_tokens} tokens, 22 bytes, vocabulary 260"
     assert capsys.readouterr().out == f"{tmp_path}/out: {line}\n"
+
+
+def test_a_vocabulary_that_the_text_does_not_fill_is_told(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("ab ab")
+    assert main(["data", "tokenizer", *map(str, (tmp_path / "t", tmp_path / "a.txt")),
+                 "--vocab-size", "9000"]) == 0  # fmt: skip
+    assert "tokens, fewer than --vocab-size=9,000: the text yields no more" in (
+        capsys.readouterr().out
+    )
 
 
 def test_data_prepare_splits(tmp_path):

@@ -121,10 +121,17 @@ def test_no_circle():
     tuple(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
+def _is_kernel(module: str) -> bool:
+    """Is it written for Triton, and so imported only where its kernels run?"""
+    return module.startswith("attamba.ops.") and module.endswith((".triton", ".kernels"))
+
+
 def _foreign(parts: set[str], late: bool) -> set[str]:
     """Packages beside the standard library that parts of the package import."""
     names = {
-        a.target.split(".")[0] for a in ARROWS if _part(a.source) in parts and (late or not a.late)
+        a.target.split(".")[0]
+        for a in ARROWS
+        if _part(a.source) in parts and (late or not (a.late or _is_kernel(a.source)))
     }
     return names - set(sys.stdlib_module_names) - {"attamba"}
 
@@ -132,6 +139,15 @@ def _foreign(parts: set[str], late: bool) -> set[str]:
 def test_operators_import_torch_alone():
     assert _foreign({"ops"}, late=True) <= {"torch", "triton"}
     assert _foreign({"modules", "models"}, late=True) == {"torch"}
+
+
+def test_kernels_are_imported_late():
+    early = [
+        f"{arrow.source}:{arrow.line} imports {arrow.target}"
+        for arrow in OWN
+        if _is_kernel(arrow.target) and not (arrow.late or _is_kernel(arrow.source))
+    ]
+    assert not early, "\n".join(early)
 
 
 def test_the_package_imports_torch_and_numpy_alone_where_modules_are_loaded():

@@ -1,0 +1,171 @@
+"""The model card of an exported checkpoint; every figure is read from the run or computed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from attamba.config import (
+    AttambaMixer,
+    ConfigError,
+    Mixer,
+    ModelConfig,
+    RunConfig,
+    TransformerMixer,
+)
+from attamba.data import Tokenizer
+from attamba.display import format_bytes
+from attamba.models import Decoder
+from attamba.models.accounting import cache_bytes, n_parameters
+from attamba.train.checkpoint import read_config, read_state
+from attamba.train.metrics import read_metrics
+
+FRONT = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- attamba
+---
+"""
+
+
+def model_card(
+    checkpoint: Path,
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    evals: Sequence[str | Path],
+    remote_code: bool,
+) -> str:
+    """The text of README.md. Raises ConfigError for an eval file without a score."""
+    run, state = read_config(checkpoint), read_state(checkpoint)
+    config = decoder.config
+    itemsize = decoder.embed.weight.element_size()
+    parts = [
+        FRONT,
+        f"# {Path(run.out).name}",
+        "A language model of the architecture Attamba (attention over multi-token states, "
+        "arXiv 2411.17685). It continues text and was not trained to follow instructions.",
+        "## Use\n\n" + _usage(remote_code),
+        "## Architecture\n\n" + _table(["", ""], _architecture(config, tokenizer)),
+        "## Data and training\n\n" + _table(["", ""], _training(run, state)),
+        "## Measured perplexity\n\n" + _scores(checkpoint, state["step"], evals),
+        "## Decode cache of one sequence\n\n" + _cache(config, itemsize),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _usage(remote_code: bool) -> str:
+    first = "" if remote_code else "import attamba.hf  # registers the architecture\n"
+    trust = ", trust_remote_code=True" if remote_code else ""
+    return (
+        f"```python\n{first}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'folder = "."  # where this file is\n'
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})\n"
+        f"model = AutoModelForCausalLM.from_pretrained(folder{trust})\n"
+        f'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
+        f"print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n```"
+    )
+
+
+def _architecture(config: ModelConfig, tokenizer: Tokenizer) -> list[list[str]]:
+    mixers = config.mixer if isinstance(config.mixer, list) else [config.mixer]
+    return [
+        ["parameters", f"{n_parameters(config):,}"],
+        ["layers, width", f"{config.n_layers}, {config.dim}"],
+        *(["mixer", _describe(mixer)] for mixer in mixers),
+        ["vocabulary", f"{config.vocab_size:,} ({tokenizer.kind} tokenizer)"],
+    ]
+
+
+def _describe(mixer: Mixer) -> str:
+    heads = f"{mixer.n_heads} query and {mixer.n_kv_heads or mixer.n_heads} key/value heads"
+    if isinstance(mixer, TransformerMixer):
+        seen = "all earlier tokens" if mixer.window is None else f"a window of {mixer.window}"
+        return f"transformer: {heads}, {seen}"
+    assert isinstance(mixer, AttambaMixer)
+    lead = "all" if mixer.leading_tokens is None else mixer.leading_tokens
+    return (
+        f"attamba: {heads}, P = {mixer.chunk_size} tokens per chunk, L = {lead} leading tokens, "
+        f"boundary {json.dumps(mixer.boundary)}, state over the {mixer.ssm_scope}"
+    )
+
+
+def _training(run: RunConfig, state: dict[str, Any]) -> list[list[str]]:
+    names = [run.data.train] if isinstance(run.data.train, str) else run.data.train
+    return [
+        ["trained on", ", ".join(Path(name).name or name for name in names)],
+        ["steps, tokens", f"{state['step']:,}, {state['tokens']:,}"],
+        ["rows of", f"{run.data.seq_len:,} tokens, {run.data.batch_size} per step"],
+    ]
+
+
+def _scores(checkpoint: Path, step: int, evals: Sequence[str | Path]) -> str:
+    rows = []
+    metrics = checkpoint.resolve().parent.parent / "metrics.jsonl"
+    if metrics.is_file():
+        valid = [r for r in read_metrics(metrics) if r.get("kind") == "valid" and r["step"] <= step]
+        if valid:
+            last = valid[-1]
+            what = f"held out in training, at step {last['step']:,}"
+            bits = last.get("valid_bits_per_byte")
+            rows.append([what, f"{math.exp(last['valid_loss']):.4g}", _number(bits)])
+    for path in evals:
+        record, result = _eval(Path(path))
+        data = record.get("data")
+        names = data if isinstance(data, str) else ", ".join(Path(name).name for name in data or [])
+        changed = "".join(f", {override}" for override in record.get("overrides") or [])
+        context = f"context {result.get('context') or 'whole document'}"
+        score = [f"{result['perplexity']:.4g}", _number(result.get("bits_per_byte"))]
+        rows.append([f"{names} ({context}{changed})", *score])
+    if not rows:
+        return "None was measured (`attamba eval --json`, `attamba export --eval`)."
+    return _table(["on", "perplexity per token", "bits per byte"], rows)
+
+
+def _eval(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        float(record["result"]["perplexity"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} holds no score ({error!r}); give a file that `attamba eval --json` wrote "
+            f"without --sweep"
+        ) from error
+    return record, record["result"]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _cache(config: ModelConfig, itemsize: int) -> str:
+    full = _full_attention_bytes(config, itemsize)
+    rows = []
+    for tokens in (1_000, 10_000, 100_000):
+        try:
+            held = cache_bytes(config, tokens, itemsize)
+        except ValueError:
+            return (
+                f"It depends on the text, whose tokens choose the chunks. Full attention with "
+                f"the same heads holds {format_bytes(1000 * full)} per 1,000 tokens."
+            )
+        per = format_bytes(held * 1000 // tokens)
+        rows.append([f"{tokens:,}", format_bytes(held), per, format_bytes(1000 * full)])
+    head = ["tokens", "bytes", "per 1,000 tokens", "full attention, per 1,000 tokens"]
+    return _table(head, rows)
+
+
+def _full_attention_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Bytes per token of keys and values that are all kept, in all layers."""
+    return sum(
+        2 * (m.n_kv_heads or m.n_heads) * (m.head_dim or config.dim // m.n_heads) * itemsize
+        for m in config.layer_mixers()
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [list(head), ["---"] * len(head), *map(list, rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,154 @@
+"""The server over a checkpoint: completions, chats and streams, by OpenAI's client and by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+pytest.importorskip("transformers")
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+import attamba
+from attamba.cli import INTERRUPTED, main
+from attamba.config import RunConfig
+from attamba.data import load_tokenizer
+from attamba.train import save_checkpoint
+
+MAIN = "import sys; from attamba.cli import INTERRUPTED, main; sys.exit(main())"
+MIXER = {"type": "attamba", "n_heads": 4, "chunk_size": 4, "leading_tokens": 5, "ssm_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(1)
+    config = attamba.ModelConfig(vocab_size=256, dim=32, n_layers=2, mixer=MIXER)
+    folder = tmp_path_factory.mktemp("run")
+    return save_checkpoint(
+        folder,
+        step=1,
+        model=attamba.build_model(config),
+        config=RunConfig(),
+        tokenizer=load_tokenizer("bytes"),
+    )
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, tmp_path_factory):
+    """(url, model) of `attamba serve` in a process of its own, until the tests are done."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("home") / "log.txt"
+    with open(log, "w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", MAIN, "serve", str(checkpoint), "--port", str(port)],
+            env=os.environ | {"HF_HOME": str(log.parent), "OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    url, deadline = f"http://localhost:{port}", time.time() + 90
+    while not answers(url):
+        assert process.poll() is None and time.time() < deadline, log.read_text()
+        time.sleep(0.3)
+    yield url, re.search(r"transformers chat (\S+) ", log.read_text())[1]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == INTERRUPTED, log.read_text()
+
+
+def answers(url):
+    try:
+        return urllib.request.urlopen(f"{url}/health", timeout=5).status == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def want(checkpoint):
+    """want(text) -> the 8 tokens that follow it, as text; a chat begins without the separator."""
+    model, tokenizer = attamba.load(checkpoint)
+
+    def follow(text, begin=()):
+        ids = [*begin, *tokenizer.encode(text)]
+        out = attamba.generate(model, [ids], max_new_tokens=8, eos_id=tokenizer.eos_id)[0]
+        return tokenizer.decode(out[len(ids) :].tolist())
+
+    return follow
+
+
+def post(server, path, **body):
+    url, model = server
+    request = urllib.request.Request(
+        url + path,
+        json.dumps({"model": model, **body}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    return json.loads(urllib.request.urlopen(request, timeout=60).read())
+
+
+def test_completion(server, want):
+    answer = post(server, "/v1/completions", prompt="the cat", max_tokens=8, temperature=0)
+    assert answer["choices"][0]["text"] == want("the cat", begin=[0])
+
+
+def test_chat(server, want):
+    messages = [{"role": "user", "content": "the cat"}]
+    answer = post(server, "/v1/chat/completions", messages=messages, max_tokens=8, temperature=0)
+    assert answer["choices"][0]["message"]["content"] == want("user: the cat\nassistant:")
+
+
+def test_models(server):
+    assert urllib.request.urlopen(f"{server[0]}/v1/models", timeout=20).status == 200
+
+
+def test_openai_client(server, want):
+    openai = pytest.importorskip("openai")
+    url, model = server
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    messages = [{"role": "user", "content": "a dog"}]
+    options = {"model": model, "messages": messages, "max_tokens": 8, "temperature": 0}
+    whole = client.chat.completions.create(**options).choices[0].message.content
+    assert whole == want("user: a dog\nassistant:")
+    stream = client.chat.completions.create(**options, stream=True)
+    assert "".join(part.choices[0].delta.content or "" for part in stream if part.choices) == whole
+
+
+def test_transformers_chat(server):
+    url, model = server
+    done = subprocess.run(
+        [Path(sys.executable).parent / "transformers", "chat", model, f"{url}/v1",
+         "max_new_tokens=8", "do_sample=false"],
+        input="hello\nN\n!exit\n",  # N: do not go on past the limit
+        capture_output=True,
+        text=True,
+        timeout=90,
+        env=os.environ | {"TERM": "dumb", "HF_HUB_OFFLINE": "0"},  # it refuses localhost too
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "reaching the token limit" in done.stdout
+
+
+def test_an_exported_folder_is_served_as_it_is(checkpoint, tmp_path):
+    from attamba.serve import served_folder
+
+    first = served_folder(checkpoint, tmp_path)
+    assert first == tmp_path / checkpoint.name
+    assert served_folder(first, tmp_path / "room") == first
+
+
+def test_without_the_servers_packages(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    assert main(["serve", str(checkpoint)]) == 2
+    assert "pip install 'attamba[serve]'" in capsys.readouterr().err
