@@ -7,12 +7,14 @@ caches are filled with random keys and values by their own rule; then real steps
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from attamba.bench import common
+from attamba.config import AttambaMixer
 from attamba.display import format_bytes
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_common_arguments(parser, LENGTHS)
     parser.add_argument(
         "--repeats", type=int, default=24, help="timed steps of each model (default: 24)"
+    )
+    parser.add_argument(
+        "--longest", action="store_true", help="on CUDA: also find the longest context that fits"
     )
 
 
@@ -50,14 +55,34 @@ def run(args: argparse.Namespace) -> int:
         "rows": [],
     }
     models = _build_models(args, device)
+    if device.type == "cuda":
+        from attamba.bench import decode_cuda
+
+        rate = record["copy_bytes_per_second"] = decode_cuda.copy_rate(device)
     for length in lengths:
         print(f"decode: {length} tokens ...", flush=True)
-        record["rows"].append(measure(models, length, args.batch_size, args.repeats))
+        if device.type == "cuda":
+            row = decode_cuda.measure(models, length, args.batch_size, args.repeats, rate)
+        else:
+            row = measure(models, length, args.batch_size, args.repeats)
+        record["rows"].append(row)
+    if device.type == "cuda" and args.longest:
+        record["longest"] = _longest(models, args.batch_size)
     for table in tables(record):
         print(f"\n{table}")
     if args.json is not None:
         common.write_json(args.json, record)
     return 0
+
+
+def _longest(models: dict[str, Decoder], batch_size: int) -> dict[str, Any]:
+    from attamba.bench import decode_cuda
+
+    itemsize = models["transformer"].embed.weight.element_size()
+    return {
+        name: decode_cuda.longest_context(model, batch_size, itemsize)
+        for name, model in models.items()
+    }
 
 
 def measure(
@@ -91,7 +116,7 @@ def measure(
 
 
 def tables(record: dict[str, Any]) -> list[common.Table]:
-    """A record that run() made, as tables: step time, cache bytes."""
+    """A record that run() made, as tables: step time, cache bytes; on CUDA bandwidth as well."""
     times, sizes = [], []
     for row in record["rows"]:
         pair = [row[name] for name in common.MODELS]
@@ -106,12 +131,48 @@ def tables(record: dict[str, Any]) -> list[common.Table]:
             + [format_bytes(m["bytes_allocated"]) for m in pair]
         )
     first = ["tokens", *common.MODELS]
-    return [
+    found = [
         common.Table("one step", [*first, "times faster", "attamba p90", "transformer p90"], times),
         common.Table(
             "cache", [*first, "times smaller", "attamba allocated", "transformer allocated"], sizes
         ),
     ]
+    if "copy_bytes_per_second" in record:
+        found.append(_bandwidth_table(record))
+    if "longest" in record:
+        found.append(_longest_table(record["longest"]))
+    return found
+
+
+def _bandwidth_table(record: dict[str, Any]) -> common.Table:
+    lines = []
+    for row in record["rows"]:
+        for name, result in row.items():
+            if isinstance(result, dict) and "floor_ms" in result:
+                cells = [f"{row['length']:,} {name}", f"{result['step_ms']:.3f} ms"]
+                cells += [f"{result['floor_ms']:.3f} ms", f"{result['share_of_floor']:.0%}"]
+                cells += [f"{result['tokens_per_second']:,.0f}", f"{result['speedup']:.2f}"]
+                lines.append(cells)
+        for name, taken in row["library"].items():
+            cell = f"{taken:.3f} ms" if isinstance(taken, float) else "does not run"
+            lines.append([f"{row['length']:,} transformer, {name}", cell, "", "", "", ""])
+    rate = record["copy_bytes_per_second"] / 1e12
+    return common.Table(
+        f"captured steps; the device copies {rate:.2f} TB/s (read + written)",
+        ["tokens, model", "step", "floor", "share", "tokens/s", "times faster"],
+        lines,
+    )
+
+
+def _longest_table(longest: dict[str, Any]) -> common.Table:
+    base = longest["transformer"]["tokens"]
+    lines = []
+    for name, found in longest.items():
+        step = "does not fit" if found["step_ms"] is None else f"{found['step_ms']:.2f} ms"
+        lines.append([name, f"{found['tokens']:,}", f"{found['tokens'] / base:.2f}", step])
+    return common.Table(
+        "longest context that fits", ["model", "tokens", "times longer", "step"], lines
+    )
 
 
 def _build_models(args: argparse.Namespace, device: torch.device) -> dict[str, Decoder]:
@@ -126,6 +187,15 @@ def _build_models(args: argparse.Namespace, device: torch.device) -> dict[str, D
             name, dim=args.dim, layers=args.layers, chunk_size=args.chunk_size
         )
         models[name] = build_model(config).to(device, getattr(torch, args.dtype)).eval()
+    if device.type == "cuda":
+        config = common.model_config(
+            "attamba", dim=args.dim, layers=args.layers, chunk_size=args.chunk_size
+        )
+        assert isinstance(config.mixer, AttambaMixer)
+        mixer = dataclasses.replace(config.mixer, boundary="head_cyclic", ssm_scope="sequence")
+        config = dataclasses.replace(config, mixer=mixer)
+        dtype = getattr(torch, args.dtype)
+        models["attamba head_cyclic"] = build_model(config).to(device, dtype).eval()
     return models
 
 

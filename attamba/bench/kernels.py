@@ -62,6 +62,10 @@ def run(args: argparse.Namespace) -> int:
     for shape in shapes:
         print(f"attention: {shape} ...", flush=True)
         record["rows"].append(measure_attention(shape, device, record["ceilings"], args.flex))
+    print("compressors ...", flush=True)
+    from attamba.bench.kernels_scan import measure_scan
+
+    record["compressors"] = measure_scan(device, record["ceilings"]["copy_bytes"])
     for table in tables(record):
         print(f"\n{table}")
     if args.json is not None:
@@ -153,7 +157,30 @@ def tables(record: dict[str, Any]) -> list[common.Table]:
         last = ["of matrix rate"] if part == "forward" else []
         headers = ["tokens", *names, "cyclic: times faster", "head_cyclic", *last]
         blocks.append(common.Table(f"attention, {title}", headers, rows))
+    if "compressors" in record:
+        blocks.append(_compressors(record["compressors"]))
     return blocks
+
+
+def _compressors(rows: list[dict[str, Any]]) -> common.Table:
+    """Forward and backward of both compressors, and their share of the copy rate."""
+    names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
+    cells = []
+    for row in rows:
+        times = [
+            f"{row['ms'][n]['forward']:.3f} / {row['ms'][n]['both']:.3f} ms"
+            if n in row["ms"]
+            else "-"
+            for n in names
+        ]
+        share = row["copy_share"]
+        cells.append(
+            [f"{row['scope']}, {row['batch']} x {row['length']:,}", *times]
+            + [f"{share[part]:.0%}" if part in share else "-" for part in ("forward", "both")]
+        )
+    headers = ["scope, tokens", *(f"{n}: forward / both" for n in names)]
+    title = "compressors, forward / forward and backward"
+    return common.Table(title, [*headers, "copy rate: forward", "both"], cells)
 
 
 def layer_ends(shape: Shape, boundary: str, device: torch.device) -> Tensor:

@@ -80,11 +80,19 @@ def candidates(kernel: str, width: int) -> list[Tiles]:
     from attamba.ops.chunk_attention.tiles import Tiles
 
     if kernel in ("forward", "dq"):
-        grid = itertools.product((64, 128), (64, 128), (32, 64), (4, 8), (2, 3, 4))
-        small = ((m, n, w, p, s) for m, n, w, p, s in grid if w <= n and (m, p) != (64, 8))
-        return [Tiles(*t) for t in small if t[3] * 16384 >= t[0] * max(width, t[1]) * 2]
-    grid2 = itertools.product((32, 64, 128), (64, 128), (4, 8), (1, 2, 3))
-    return [Tiles(m, n, 64, p, s) for m, n, p, s in grid2 if p * 16384 >= n * max(2 * width, m) * 2]
+        grid = itertools.product((64, 128), (32, 64, 128), (32, 64), (4, 8), (2, 3))
+    else:  # window_n is of no use to the kernels of keys
+        grid = itertools.product((32, 64, 128), (64, 128), (64,), (4, 8), (1, 2, 3))
+    return [Tiles(*tile) for tile in grid if _fits(Tiles(*tile), kernel, width)]
+
+
+def _fits(tile: Tiles, kernel: str, width: int) -> bool:
+    """Leaves out accumulators that would not fit into registers, and idle warps."""
+    if kernel in ("forward", "dq"):
+        numbers = tile.block_m * max(width, tile.block_n)
+    else:
+        numbers = tile.block_n * max(2 * width, tile.block_m)
+    return tile.warps * 2048 <= 2 * numbers <= tile.warps * 16384
 
 
 def launches(shape: Shape, device: Any) -> dict[str, Callable[[Tiles], None]]:

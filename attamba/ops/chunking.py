@@ -14,6 +14,7 @@ the last of its chunk. A 1 stands for B or G where rows or heads agree.
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -166,6 +167,8 @@ class Boundary:
     per_head: ClassVar[bool] = False
     """Heads have ends of their own."""
     needs_tokens: ClassVar[bool] = False
+    periodic: ClassVar[bool] = False
+    """A chunk ends where position + 1 + o is a multiple of P; o depends on layer and head alone."""
     options: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
@@ -181,6 +184,14 @@ class Boundary:
     def offset(self) -> int:
         """o_l = floor(l * P / n): how much earlier this layer's chunks end."""
         return self.layer_idx * self.chunk_size // self.n_layers
+
+    @property
+    def longest(self) -> int | None:
+        """No chunk has more tokens than this; None where nothing is known beforehand.
+
+        The sink and the starts of documents cut chunks shorter and never make one longer.
+        """
+        return None
 
     def __call__(
         self, span: Span, carry: Tensor | None = None, given: Tensor | None = None
@@ -198,12 +209,31 @@ class Boundary:
             )
         if given is not None and not isinstance(self, Given):
             raise ValueError(f"ends was passed, but boundary={self.name!r}; set boundary='given'")
+        if self.periodic and span.positions.shape[1] == 1 and span.offsets is not None:
+            return self._of_all_layers(span)[self.layer_idx], None
         ends, carry = self.rule(span, carry, given)
         if self.sink:
             ends = ends | (span.positions == 0)[:, None]
         if span.mask is not None:
             ends = ends & span.mask[:, None]
         return ends, carry
+
+    def _of_all_layers(self, span: Span) -> Tensor:
+        """Ends of a decode step in every layer, [n, B, G or 1, 1]: a few operations for them all.
+
+        A step is made of many small operations, and each layer's own would be as many again.
+        """
+        place = (self.chunk_size, self.n_layers, self.n_kv_heads if self.per_head else 1)
+        key = (*place, self.sink)
+        if key not in span.memo:
+            next_position = span.positions[..., None] + 1
+            ends = (next_position + _phases(*place, span.positions.device)) % self.chunk_size == 0
+            if self.sink:
+                ends = ends | (next_position == 1)
+            if span.mask is not None:
+                ends = ends & span.mask[..., None]
+            span.memo[key] = ends
+        return span.memo[key]
 
     def rule(
         self, span: Span, carry: Tensor | None, given: Tensor | None
@@ -221,6 +251,10 @@ class Uniform(Boundary):
 
     name = "uniform"
 
+    @property
+    def longest(self) -> int:
+        return self.chunk_size
+
     def at(self, positions: Tensor, draw: Tensor | None) -> Tensor:
         return (positions + 1) % self.chunk_size == 0
 
@@ -229,6 +263,11 @@ class Cyclic(Boundary):
     """t = P-1-o_l (mod P): layers take turns."""
 
     name = "cyclic"
+    periodic = True
+
+    @property
+    def longest(self) -> int:
+        return self.chunk_size
 
     def at(self, positions: Tensor, draw: Tensor | None) -> Tensor:
         return (positions + 1 + self.offset) % self.chunk_size == 0
@@ -239,6 +278,11 @@ class HeadCyclic(Boundary):
 
     name = "head_cyclic"
     per_head = True
+    periodic = True
+
+    @property
+    def longest(self) -> int:
+        return self.chunk_size
 
     def rule(
         self, span: Span, carry: Tensor | None, given: Tensor | None
@@ -261,8 +305,17 @@ class Jitter(Boundary):
             raise ValueError(f"boundary.seed={seed} must be a whole number, at least 0")
         self.seed = seed
 
+    @property
+    def reach(self) -> int:
+        """The farthest that an end moves."""
+        return (self.chunk_size - 1) // 2
+
+    @property
+    def longest(self) -> int:
+        return self.chunk_size + 2 * self.reach
+
     def at(self, positions: Tensor, draw: Tensor | None) -> Tensor:
-        reach = (self.chunk_size - 1) // 2 if draw is not None else 0
+        reach = self.reach if draw is not None else 0
         from_first = positions + 1 + self.offset - self.chunk_size
         chunk = (from_first + reach).div(self.chunk_size, rounding_mode="floor")
         if draw is None:
@@ -318,13 +371,20 @@ class Separator(Boundary):
                 f"boundary.max_chunk={self.max_chunk} must be a whole number, at least 1"
             )
 
+    @property
+    def longest(self) -> int:
+        return self.max_chunk
+
     def rule(
         self, span: Span, carry: Tensor | None, given: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         assert span.tokens is not None
         batch, seq = span.tokens.shape
         index = torch.arange(seq, device=span.tokens.device)
-        wanted = torch.tensor(self.tokens, device=span.tokens.device)
+        if seq == 1:
+            wanted = _constant(tuple(self.tokens), span.tokens.device)
+        else:
+            wanted = torch.tensor(self.tokens, device=span.tokens.device)
         first = (span.positions == 0).expand(batch, seq)
         hard = torch.isin(span.tokens, wanted) | (first & self.sink)
         # Chunks are cut every max_chunk tokens after an anchor: a separator, the sink, or the
@@ -412,6 +472,23 @@ def make_boundary(
                 + _nearest(option, list(policy.options))
             )
     return policy(chunk_size, layer_idx, n_layers, n_kv_heads, sink, **options)
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 on the device, sent there once: a captured step cannot read the host's memory."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _phases(chunk_size: int, n_layers: int, heads: int, device: torch.device) -> Tensor:
+    """o_(l,g) = floor((l/n + g/G) P) mod P, int64 [n, 1, G, 1]; with one head o_l of "cyclic"."""
+    with torch.inference_mode(False):
+        layer = torch.arange(n_layers, device=device)[:, None]
+        head = torch.arange(heads, device=device)
+        offset = (layer * heads + head * n_layers) * chunk_size // (n_layers * heads) % chunk_size
+        return offset[:, None, :, None]
 
 
 def _whole(value: Any, least: int) -> bool:

@@ -113,6 +113,7 @@ def test_a_probe_that_fails_says_what_and_why() -> None:
         (["--lengths", "1k,many"], "--lengths: 'many' is not a number of tokens such as 512 or 4k"),
         (["--lengths", "0"], "--lengths: '0' is not a number of tokens"),
         (["--threads", "0"], "--threads=0 must be at least 1"),
+        (["--device", "gpu"], "--device='gpu' is not a device; give auto, cpu, cuda"),
     ],
 )
 def test_bad_options(arguments: list[str], message: str) -> None:

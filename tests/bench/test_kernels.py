@@ -70,5 +70,9 @@ def test_reports_of_gpu_results():
     row = {"length": 1024, "heads": 8, "width": 64, "ms": {"cyclic": times, "head_cyclic": times}}
     row |= {f"{n}_speedup": times for n in ("cyclic", "head_cyclic")}
     row |= {f"{n}_matrix_share": 0.45 for n in ("cyclic", "head_cyclic")}
-    text = report.markdown({**record, "benchmark": "kernels", "rows": [row]})
+    scan = {"scope": "chunk", "batch": 64, "length": 1024, "ms": {"triton": times}}
+    scan["copy_share"] = {"forward": 0.5, "both": 0.25}
+    record |= {"benchmark": "kernels", "compressors": [scan]}
+    text = report.markdown({**record, "rows": [row]})
+    assert "| chunk, 64 x 1,024 | 1.000 / 3.000 ms | 50% | 25% |" in text
     assert "| 1,024 x 8 heads of 64 | 1.000 ms | 1.000 ms | 1.00 | 1.00 | 45% |" in text

@@ -229,7 +229,10 @@ def test_no_square_of_scores_is_ever_made(packed):
     "change, text",
     [
         ({"leading_tokens": -1}, "leading_tokens=-1 must be at least 0, or None for all"),
-        ({"backend": "trition"}, "backend='trition' must be one of: auto, torch, reference"),
+        (
+            {"backend": "trition"},
+            "backend='trition' must be one of: auto, torch, triton, reference",
+        ),
         ({"ends": torch.zeros(10)}, "ends must be boolean, not torch.float32; use ends.bool()"),
         (
             {"ends": torch.zeros(9).bool()},

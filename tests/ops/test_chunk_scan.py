@@ -224,7 +224,7 @@ def test_no_loop_over_tokens():
 @pytest.mark.parametrize(
     "change, text",
     [
-        ({"backend": "torhc"}, "backend='torhc' must be one of: auto, torch, reference"),
+        ({"backend": "torhc"}, "backend='torhc' must be one of: auto, torch, triton, reference"),
         ({"dt": torch.zeros(2, 9, 4)}, r"dt has shape \[2, 9, 4\], expected \[2, 10, 4\]"),
         ({"A": torch.zeros(3)}, r"A has shape \[3\], expected \[4\] for x of shape"),
         ({"B": torch.zeros(2, 9, 5)}, r"B has shape \[2, 9, 1, 5\], expected \[2, 10, 1, 5\]"),

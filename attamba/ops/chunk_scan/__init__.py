@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
+from attamba.ops.backends import choose
 from attamba.ops.chunk_scan.reference import chunk_scan_reference
 from attamba.ops.chunk_scan.torch import chunk_scan_torch
-
-BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "auto": chunk_scan_torch,
-    "torch": chunk_scan_torch,
-    "reference": chunk_scan_reference,
-}
 
 
 def chunk_scan(
@@ -43,12 +36,12 @@ def chunk_scan(
         D: [S], skip; None for none.
         initial_state: float32 [B, S, N, W]; None for zeros.
         return_final_state: also return h after the last token, float32 [B, S, N, W].
-        backend: see attamba.ops. State and decays are float32 in all of them.
+        backend: see attamba.ops. State and decays are float32 in all of them. A single token
+            is a handful of small products and never goes to Triton.
 
     Returns y, like x, and the final state if asked for. Raises ValueError where shapes disagree.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} must be one of: {', '.join(BACKENDS)}")
+    chosen = choose(backend, x.device)
     batch, seq, heads, width = x.shape
     B, C = (t[:, :, None] if t.dim() == 3 else t for t in (B, C))
     groups, state_dim = B.shape[2:]
@@ -70,5 +63,13 @@ def chunk_scan(
             )
     if heads % groups:
         raise ValueError(f"B has {groups} groups, which do not divide the {heads} heads of x")
-    y, state = BACKENDS[backend](x, dt, A, B, C, starts, D, initial_state)
+    inputs = (x, dt, A, B, C, starts, D, initial_state)
+    if chosen == "reference":
+        y, state = chunk_scan_reference(*inputs)
+    elif chosen == "triton" and batch > 0 and seq > 1:
+        from attamba.ops.chunk_scan.triton import chunk_scan_triton
+
+        y, state = chunk_scan_triton(*inputs)
+    else:
+        y, state = chunk_scan_torch(*inputs)
     return (y, state) if return_final_state else y

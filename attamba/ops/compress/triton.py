@@ -1,0 +1,253 @@
+"""The compressors in Triton, where every chunk fits a tile: kernels.py as a differentiable op.
+
+The backward pass recomputes everything from the inputs and the output; the parameters' gradients
+are sums over programs in a fixed order, so results do not change from run to run.
+
+Shapes: B batch, T tokens, E inner width, S heads, N state, Q tokens of a tile.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from attamba.ops.chunk_scan.triton import writes_ptx
+from attamba.ops.compress.kernels import compress_backward_kernel, compress_forward_kernel
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched: warps of a program, registers of a thread, and how many programs
+    there are for each multiprocessor."""
+
+    warps: int
+    registers: int
+    programs: int
+
+
+FORWARD = {16: Launch(1, 128, 24), 32: Launch(1, 255, 8), 64: Launch(4, 255, 4)}
+"""By the tokens of a tile, Q; a chunk must fit one."""
+BACKWARD = {16: Launch(1, 255, 16), 32: Launch(2, 255, 4), 64: Launch(4, 255, 2)}
+
+
+def fits_a_tile(longest: int, dtype: torch.dtype) -> bool:
+    """Are chunks of `longest` tokens computed on their own, with no states passed?
+
+    Not in float32, which goes through the scan with states: exact products of larger tiles take a
+    minute to compile, and compiled by Triton 3.6 for an H100 the float32 kernel gave gradients of
+    dt that were wrong, though the interpreter's and those in half precision are right.
+    """
+    return dtype != torch.float32 and longest <= max(FORWARD)
+
+
+def compress_triton(
+    proj: Tensor,
+    conv_weight: Tensor,
+    A: Tensor,
+    dt_bias: Tensor,
+    D: Tensor,
+    starts: Tensor,
+    state_dim: int,
+    eps: float,
+    longest: int,
+) -> Tensor:
+    """See compress; starts is [B or 1, T], and `longest` fits a tile."""
+    y, _ = compress_forward(proj, conv_weight, A, dt_bias, D, starts, state_dim, eps, longest)
+    return y
+
+
+@torch.library.custom_op("attamba::compress_forward", mutates_args=())
+def compress_forward(
+    proj: Tensor,
+    conv_weight: Tensor,
+    A: Tensor,
+    dt_bias: Tensor,
+    D: Tensor,
+    starts: Tensor,
+    state_dim: int,
+    eps: float,
+    longest: int,
+) -> tuple[Tensor, Tensor]:
+    """y [B, T, 2E] and the norm's factors, float32 [B, T, 2]."""
+    y, rstd = _outputs(proj, conv_weight, A, dt_bias, D, starts, state_dim, eps, longest)
+    plan = _Plan.make(proj, conv_weight, A, state_dim, longest)
+    launch = FORWARD[plan.tile]
+    span, grid = plan.spans(launch)
+    proj, starts, starts_stride = _rows(proj), *_flags(starts)
+    compress_forward_kernel[grid](
+        proj, *(t.contiguous() for t in (conv_weight, A, dt_bias, D)), starts, y, rstd,
+        plan.seq, span, starts_stride, proj.stride(1), eps,
+        **plan.constants(), EP=triton.next_power_of_2(plan.inner), **plan.options(launch),
+    )  # fmt: skip
+    return y, rstd
+
+
+@compress_forward.register_fake
+def _outputs(
+    proj: Tensor,
+    conv_weight: Tensor,
+    A: Tensor,
+    dt_bias: Tensor,
+    D: Tensor,
+    starts: Tensor,
+    state_dim: int,
+    eps: float,
+    longest: int,
+) -> tuple[Tensor, Tensor]:
+    batch, seq, _ = proj.shape
+    y = proj.new_empty(batch, seq, conv_weight.shape[0] - 4 * state_dim)
+    return y, proj.new_empty(batch, seq, 2, dtype=torch.float32)
+
+
+@torch.library.custom_op("attamba::compress_backward", mutates_args=())
+def compress_backward(
+    dy: Tensor,
+    proj: Tensor,
+    conv_weight: Tensor,
+    A: Tensor,
+    dt_bias: Tensor,
+    D: Tensor,
+    starts: Tensor,
+    y: Tensor,
+    rstd: Tensor,
+    state_dim: int,
+    longest: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of proj, of conv_weight, and of A, dt_bias and D, float32 [3, 2, S]."""
+    plan = _Plan.make(proj, conv_weight, A, state_dim, longest)
+    launch = BACKWARD[plan.tile]
+    span, grid = plan.spans(launch)
+    programs = grid[1] * plan.batch
+    proj, starts, starts_stride = proj.contiguous(), *_flags(starts)  # one stride for two
+    dproj = torch.empty_like(proj)
+    channels = plan.inner + 2 * state_dim
+    dweight = proj.new_zeros(programs, 2, plan.taps, channels, dtype=torch.float32)
+    dscalars = proj.new_empty(programs, 2, 3, plan.heads, dtype=torch.float32)
+    compress_backward_kernel[grid](
+        proj, *(t.contiguous() for t in (conv_weight, A, dt_bias, D)), starts,
+        y, rstd, dy.contiguous(), dproj, dweight, dscalars,
+        plan.seq, span, starts_stride, proj.stride(1),
+        **plan.constants(), **plan.options(launch),
+    )  # fmt: skip
+    parts = dweight.sum(0).transpose(1, 2).split([plan.inner, state_dim, state_dim], 1)
+    dconv = torch.cat([part.flatten(0, 1) for part in parts])
+    return dproj, dconv.to(conv_weight.dtype), dscalars.sum(0).transpose(0, 1).contiguous()
+
+
+@compress_backward.register_fake
+def _gradients(
+    dy: Tensor,
+    proj: Tensor,
+    conv_weight: Tensor,
+    A: Tensor,
+    dt_bias: Tensor,
+    D: Tensor,
+    starts: Tensor,
+    y: Tensor,
+    rstd: Tensor,
+    state_dim: int,
+    longest: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dproj = proj.new_empty(proj.shape)
+    dconv = conv_weight.new_empty(conv_weight.shape)
+    return dproj, dconv, proj.new_empty(3, *A.shape, dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, state_dim, _, longest = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.state_dim, ctx.longest = state_dim, longest
+
+
+def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    proj, conv_weight, A, dt_bias, D, starts, y, rstd = ctx.saved_tensors
+    dproj, dconv, dscalars = compress_backward(
+        dy, proj, conv_weight, A, dt_bias, D, starts, y, rstd, ctx.state_dim, ctx.longest
+    )
+    dA, dbias, dD = (g.to(t.dtype) for g, t in zip(dscalars.unbind(0), (A, dt_bias, D)))
+    return dproj, dconv, dA, dbias, dD, None, None, None, None
+
+
+compress_forward.register_autograd(_backward, setup_context=_save)
+
+
+@dataclass
+class _Plan:
+    """Sizes of one call, and how it is cut into programs."""
+
+    batch: int
+    seq: int
+    inner: int
+    heads: int
+    state_dim: int
+    taps: int
+    tile: int
+    processors: int
+    exact: bool
+
+    @classmethod
+    def make(
+        cls, proj: Tensor, conv_weight: Tensor, A: Tensor, state_dim: int, longest: int
+    ) -> "_Plan":
+        channels, taps = conv_weight.shape
+        return cls(
+            batch=proj.shape[0],
+            seq=proj.shape[1],
+            inner=channels // 2 - 2 * state_dim,
+            heads=A.shape[1],
+            state_dim=state_dim,
+            taps=taps,
+            tile=max(min(FORWARD), triton.next_power_of_2(longest)),
+            processors=_processors(proj.device),
+            exact=proj.dtype == torch.float32,
+        )
+
+    def spans(self, launch: Launch) -> tuple[int, tuple[int, int, int]]:
+        """Tokens of a row that one program owns, and the grid."""
+        wanted = -(-self.processors * launch.programs // (2 * self.batch))
+        span = max(self.tile, -(-self.seq // wanted))
+        return span, (2, -(-self.seq // span), self.batch)
+
+    def options(self, launch: Launch) -> dict[str, int]:
+        options = {"num_warps": launch.warps, "num_stages": 1}
+        if writes_ptx():
+            options["maxnreg"] = launch.registers
+        return options
+
+    def constants(self) -> dict[str, Any]:
+        width = self.inner // self.heads
+        return {
+            "E": self.inner,
+            "S": self.heads,
+            "N": self.state_dim,
+            "W": width,
+            "TAPS": self.taps,
+            "Q": self.tile,
+            "NP": max(16, triton.next_power_of_2(self.state_dim)),
+            "WP": max(16, triton.next_power_of_2(width)),
+            "SP": triton.next_power_of_2(self.heads),
+            "PRECISION": "ieee" if self.exact else "tf32",
+            "PTX": writes_ptx(),
+        }
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[B, T, C] whose tokens are evenly spaced in memory, over rows too."""
+    even = t.stride(2) == 1 and (t.shape[0] == 1 or t.stride(0) == t.shape[1] * t.stride(1))
+    return t if even else t.contiguous()
+
+
+def _flags(starts: Tensor) -> tuple[Tensor, int]:
+    """bool [B or 1, T] as bytes, and the distance between rows (0 where they are one)."""
+    starts = starts.contiguous().view(torch.uint8)
+    return starts, starts.shape[1] if starts.shape[0] > 1 else 0
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few for Triton's interpreter."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
