@@ -7,6 +7,7 @@ on the left to the longest), V vocabulary.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from attamba.config import AttambaMixer
 from attamba.models import Decoder
+from attamba.models.runner import Drawn, Runner
 from attamba.sampling import RowText, Sampler
 
 if TYPE_CHECKING:
@@ -191,16 +193,16 @@ def stream(
     _check_ends(model, ends, rows.shape[0], rows.shape[1] + max_new_tokens)
     sampler = Sampler(temperature, top_k, top_p, seed, rows.shape[0], rows.device)
     texts = [RowText(tokenizer, stops, row) for row in _unpadded(rows, mask)] if tokenizer else []
-    engine = _Engine(model, rows, mask, ends, use_cache, prefill_chunk)
+    runner = Runner(model, rows, mask, ends, use_cache, prefill_chunk)
     n_choices = model.config.vocab_size
     if tokenizer is not None:  # a model's vocabulary may be padded beyond the tokenizer's
         n_choices = min(n_choices, tokenizer.vocab_size)
     eos = _eos(eos_id, tokenizer)
-    return _run(engine, sampler, texts, max_new_tokens, n_choices, eos, stats)
+    return _run(runner, sampler, texts, max_new_tokens, n_choices, eos, stats)
 
 
 def _run(
-    engine: _Engine,
+    runner: Runner,
     sampler: Sampler,
     texts: list[RowText],
     max_new_tokens: int,
@@ -209,18 +211,29 @@ def _run(
     stats: GenerationStats | None,
 ) -> Generator[Step, None, None]:
     stats = GenerationStats() if stats is None else stats
-    stats.prompt_tokens = engine.prompt_tokens
-    active = [True] * engine.rows
-    was_training = engine.model.training
-    engine.model.eval()
+    stats.prompt_tokens = runner.prompt_tokens
+    active = [True] * runner.rows
+    # A text may end a row, so the next step must wait for it; without stops it need not.
+    ahead = runner.captured and not any(text.matcher.stops for text in texts)
+    waiting: deque[Drawn] = deque()
+    was_training = runner.model.training
+    runner.model.eval()
     try:
+        begun = 0
         for index in range(max_new_tokens):
             start = time.perf_counter()
-            logits = engine.next_logits()[:, :n_choices]
-            drawn = sampler(logits).tolist()  # tolist waits for the device
-            step = _step(drawn, active, texts, eos_id, last=index == max_new_tokens - 1)
+            # The device works on one more step while the host reads this one's tokens.
+            while begun < max_new_tokens and len(waiting) <= (ahead and index > 0):
+                drawn = Drawn(sampler(runner.next_logits()[:, :n_choices]))
+                waiting.append(drawn)
+                begun += 1
+                if ahead:
+                    runner.append_unread(drawn.ids, eos_id)
+            tokens = waiting.popleft().tokens()  # waits for the device
+            step = _step(tokens, active, texts, eos_id, last=index == max_new_tokens - 1)
             active = [a and f is None for a, f in zip(active, step.finish)]
-            engine.append(drawn, active)
+            if not ahead:
+                runner.append(tokens, active)
             seconds, count = time.perf_counter() - start, sum(t is not None for t in step.tokens)
             stats.new_tokens += count
             if index == 0:
@@ -232,10 +245,10 @@ def _run(
             if not any(active):
                 break
     finally:
-        engine.model.train(was_training)
-        if engine.cache is not None:
-            stats.cache_bytes_used = engine.cache.nbytes(used=True)
-            stats.cache_bytes_allocated = engine.cache.nbytes()
+        runner.model.train(was_training)
+        if runner.cache is not None:
+            stats.cache_bytes_used = runner.cache.nbytes(used=True)
+            stats.cache_bytes_allocated = runner.cache.nbytes()
 
 
 def _step(
@@ -260,64 +273,6 @@ def _step(
             text[i] += rest
             finish[i] = "stop" if stopped else finish[i]
     return Step(tokens, text, finish)
-
-
-class _Engine:
-    """Runs the model over the prompt, then over one more token per row at a time."""
-
-    def __init__(
-        self,
-        model: Decoder,
-        rows: Tensor,
-        mask: Tensor | None,
-        ends: Tensor | None,
-        use_cache: bool,
-        prefill_chunk: int | None,
-    ) -> None:
-        self.model, self.ids, self.mask = model, rows, mask
-        self.ends = None if ends is None else ends.to(rows.device)
-        self.rows = rows.shape[0]
-        self.prompt_tokens = rows.numel() if mask is None else int(mask.sum())
-        self.seen = 0  # columns of ids and ends that the cache holds
-        self.prefill_chunk = prefill_chunk
-        with torch.inference_mode():
-            self.cache = model.new_cache(batch_size=self.rows) if use_cache else None
-
-    @torch.inference_mode()
-    def next_logits(self) -> Tensor:
-        """Logits [B, V] after the tokens so far."""
-        if self.cache is None:
-            return self._forward(slice(0, self.ids.shape[1]))
-        width = self.ids.shape[1]
-        piece = self.prefill_chunk or width
-        for start in range(0, width, piece):
-            stop = min(start + piece, width)
-            logits = self._forward(slice(self.seen + start, self.seen + stop), slice(start, stop))
-        self.seen += width
-        return logits
-
-    def append(self, drawn: list[int], active: list[bool]) -> None:
-        """Take the drawn tokens [B] as the next input; rows that ended are frozen in the cache."""
-        column = torch.tensor(drawn, device=self.ids.device)[:, None]
-        if self.cache is None:
-            # A row that ended goes on unheard: no other row sees it.
-            self.ids = torch.cat([self.ids, column], dim=1)
-            if self.mask is not None:
-                self.mask = torch.cat([self.mask, torch.ones_like(column, dtype=torch.bool)], dim=1)
-        else:
-            self.ids = column
-            self.mask = None if all(active) else torch.tensor(active, device=column.device)[:, None]
-
-    def _forward(self, columns: slice, local: slice = slice(None)) -> Tensor:
-        """Last logits of `local` columns of ids, which are `columns` of the whole sequence."""
-        hidden = self.model(
-            self.ids[:, local],
-            attention_mask=None if self.mask is None else self.mask[:, local],
-            ends=None if self.ends is None else self.ends[..., columns],
-            cache=self.cache,
-            return_hidden=True,
-        )
-        return self.model.head(hidden[:, -1])
 
 
 def _eos(eos_id: int | None, tokenizer: Tokenizer | None) -> int | None:

@@ -14,6 +14,7 @@ from attamba.config import ModelConfig
 from attamba.models.registry import build_mixer
 from attamba.modules.cache import DecodeCache, LayerCache
 from attamba.modules.layers import RMSNorm, SwiGLU, linear, trunc_normal_
+from attamba.ops.chunk_decode import add_norm, silu_mul
 from attamba.ops.chunking import Span, make_span
 
 
@@ -97,17 +98,33 @@ class Decoder(nn.Module):
             raise ValueError(f"ids has shape {list(x.shape[:2])}; a cached call needs a token")
         span = self._span(x, ids, doc_ids, attention_mask, cache)
         given = self._given(ends, x, cache)
-        for i, layer in enumerate(self.layers):
-            x = layer(
-                x,
-                span,
-                None if cache is None else cache.layers[i],
-                None if given is None else given[i],
-            )
         if cache is not None:
-            cache.lengths = cache.lengths + span.n_new
-        x = self.norm(x)
+            cache.before(x.shape[1])
+        if cache is not None and x.shape[1] == 1 and cache.by_kernel:
+            x = self._step(x, span, cache, given)
+        else:
+            for i, layer in enumerate(self.layers):
+                held = None if cache is None else cache.layers[i]
+                x = layer(x, span, held, None if given is None else given[i])
+            x = self.norm(x)
+        if cache is not None:
+            cache.count(span.n_new)
         return x if return_hidden else self.head(x)
+
+    def _step(self, x: Tensor, span: Span, cache: DecodeCache, given: Tensor | None) -> Tensor:
+        """Every layer and the final norm for one token per row, [B, 1, d] -> [B, 1, d].
+
+        The same as layer by layer, in fewer kernels: each sum is normed where it is made.
+        """
+        blocks = [layer for layer in self.layers if isinstance(layer, Block)]
+        normed = blocks[0].mixer_norm(x)
+        for i, block in enumerate(blocks):
+            y = block.mixer(normed, span, cache.layers[i], None if given is None else given[i])
+            x, normed = add_norm(x, y, block.ffn_norm.weight, block.ffn_norm.eps)
+            y = block.ffn.w2(silu_mul(block.ffn.w13(normed)))
+            following = blocks[i + 1].mixer_norm if i + 1 < len(blocks) else self.norm
+            x, normed = add_norm(x, y, following.weight, following.eps)
+        return normed
 
     def new_cache(self, batch_size: int = 1, dtype: torch.dtype | None = None) -> DecodeCache:
         """An empty decode cache on the model's device.
@@ -119,12 +136,13 @@ class Decoder(nn.Module):
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         weight = self.embed.weight
         dtype = dtype or weight.dtype
-        layers = [
-            layer.mixer.new_cache(batch_size, dtype, weight.device)
-            for layer in self.layers
-            if isinstance(layer, Block)
-        ]
-        lengths = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
+        with torch.inference_mode(False):  # the cache may outlive a caller's inference mode
+            layers = [
+                layer.mixer.new_cache(batch_size, dtype, weight.device)
+                for layer in self.layers
+                if isinstance(layer, Block)
+            ]
+            lengths = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
         return DecodeCache(layers, lengths, self.config.vocab_size)
 
     def set_draw(self, draw: int) -> None:

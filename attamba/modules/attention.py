@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from attamba.config import TransformerMixer
-from attamba.modules.cache import KVCache, LayerCache
+from attamba.modules.cache import LayerCache
+from attamba.modules.kv_cache import KVCache, attend_token
 from attamba.modules.layers import Rotary, linear, rotate
 from attamba.modules.mixer import TimeMixer
 from attamba.ops import chunk_attention
@@ -42,14 +43,17 @@ class Attention(TimeMixer):
         q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
         k, v = self.wkv(x).unflatten(-1, (2, self.n_kv_heads, self.head_dim)).unbind(2)
         rotary = self.rotary(span)
+        if cache is not None and x.shape[1] == 1:
+            return self.wo(attend_token(q, k, v, None, rotary, span, cache.kv))
         q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is None:
             y = chunk_attention(q, k, v, None, self.lead, span.doc_ids, backend=self.backend)
         else:
-            ends = torch.zeros(1, 1, x.shape[1], dtype=torch.bool, device=x.device)
-            y = cache.kv.attend(q, k, v, ends, span, self.lead, self.backend)
+            y = cache.kv.attend(q, k, v, None, span, self.lead)
         return self.wo(y.flatten(2))
 
     def new_cache(self, batch: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
-        kv = KVCache(batch, self.n_kv_heads, self.head_dim, self.window, False, dtype, device)
+        kv = KVCache(
+            batch, self.n_kv_heads, self.head_dim, self.window, False, dtype, device, self.backend
+        )
         return LayerCache(kv)

@@ -7,7 +7,7 @@
     SSM(u)_t = W_out RMSNorm(y_t * SiLU(z_t))
 
 A Mamba-2 mixer (arXiv 2405.21060) with weights of its own for K and for V. Both run as one: one
-input projection, one convolution, one scan of 2S heads in two groups.
+input projection, one `compress`.
 
 Shapes: B batch, T tokens, d model width, E inner width, S heads, N state, F output width.
 """
@@ -15,13 +15,20 @@ Shapes: B batch, T tokens, d model width, E inner width, S heads, N state, F out
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attamba.modules.cache import CompressorState
 from attamba.modules.layers import linear, trunc_normal_
-from attamba.ops import chunk_scan
+from attamba.ops import compress
+from attamba.ops.chunk_decode import CompressorWeights, compress_step
 from attamba.ops.chunking import Span
+from attamba.ops.compress.stages import (
+    causal_conv,
+    gate_and_norm,
+    scan_convolved,
+    segments,
+    split_projection,
+)
 
 
 class Compressors(nn.Module):
@@ -58,59 +65,104 @@ class Compressors(nn.Module):
             gain._no_weight_decay = True  # type: ignore[attr-defined]
 
     def forward(
-        self, u: Tensor, starts: Tensor, span: Span, state: CompressorState | None = None
+        self,
+        u: Tensor,
+        starts: Tensor,
+        span: Span,
+        state: CompressorState | None = None,
+        longest: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """u: [B, T, d], starts: bool [B or 1, T] -> SSM_k(u), SSM_v(u), each [B, T, F].
 
         With a state: goes on from it and updates it; padded tokens leave it as it is.
+        longest: the most tokens between two starts, if that is known.
         """
-        batch, seq, _ = u.shape
-        z, xbc, dt = self.in_proj(u).split(self.widths, -1)
-        xbc = F.silu(self._conv(xbc, starts, span, state))
-        x, B, C = xbc.split([2 * self.ssm_dim, 2 * self.state_dim, 2 * self.state_dim], -1)
-        dt = F.softplus(dt.float() + self.dt_bias.float().flatten())
-        if span.mask is not None:
-            dt = dt * span.mask[..., None]  # no step: neither decay nor update
-        y, h = chunk_scan(
-            x.unflatten(-1, (2 * self.n_heads, -1)),
+        proj = self.in_proj(u)
+        A = -self.A_log.float().exp()
+        if state is None:
+            y = compress(
+                proj,
+                self.conv_weight,
+                A,
+                self.dt_bias,
+                self.D_skip,
+                starts,
+                state_dim=self.state_dim,
+                eps=self.norm_eps,
+                mask=span.mask,
+                longest=longest,
+                backend=self.backend,
+            )
+            # The norm's gain goes into the smaller factor of the last product.
+            return self._project(y, self.out_proj * self.norm_weight[:, None])
+        y = self._go_on(proj, A, starts, span, state)
+        return self._project(y * self.norm_weight.flatten().to(y.dtype), self.out_proj)
+
+    def _go_on(
+        self, proj: Tensor, A: Tensor, starts: Tensor, span: Span, state: CompressorState
+    ) -> Tensor:
+        """Gated and normed outputs [B, T, 2E] of tokens that follow a state; updates it."""
+        z, xbc, dt = split_projection(proj, self.state_dim, self.n_heads)
+        xbc = self._conv(xbc, starts, span, state)
+        y, h = scan_convolved(
+            xbc,
             dt,
-            -self.A_log.float().exp().flatten(),
-            B.unflatten(-1, (2, -1)),
-            C.unflatten(-1, (2, -1)),
+            A,
+            self.dt_bias,
+            self.D_skip,
             starts,
-            D=self.D_skip.flatten(),
-            initial_state=None if state is None else state.h,
-            return_final_state=True,
-            backend=self.backend,
+            self.state_dim,
+            span.mask,
+            state.h,
+            self.backend,
         )
-        if state is not None:
-            state.h = h.detach().clone()  # not a view that keeps every tile alive
-        y = (y.flatten(2) * F.silu(z)).unflatten(-1, (2, -1))
-        y = F.rms_norm(y, (self.ssm_dim,), eps=self.norm_eps) * self.norm_weight.to(y.dtype)
-        y = y.flatten(0, 1).transpose(0, 1) @ self.out_proj.transpose(1, 2)  # [2, B*T, F]
+        state.h = h.detach().clone()  # not a view that keeps every tile alive
+        return gate_and_norm(y, z, self.norm_eps)
+
+    def _project(self, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """y: [B, T, 2E], weight: [2, F, E] -> two of [B, T, F]."""
+        batch, seq, _ = y.shape
+        y = y.reshape(batch * seq, 2, self.ssm_dim).transpose(0, 1) @ weight.transpose(1, 2)
         k, v = y.unflatten(1, (batch, seq)).unbind(0)
         return k, v
 
-    def _conv(self, x: Tensor, starts: Tensor, span: Span, state: CompressorState | None) -> Tensor:
-        """Causal depthwise convolution that sees nothing before a start. x: [B, T, channels]."""
+    def step(
+        self, projected: Tensor, starts: Tensor | None, span: Span, state: CompressorState
+    ) -> tuple[Tensor, Tensor]:
+        """One token: in_proj(u) [B, ...] -> SSM_k(u), SSM_v(u), each [B, F]; updates the state.
+
+        starts: bool [B], None for nowhere.
+        """
+        weights = CompressorWeights(
+            self.conv_weight,
+            self.A_log,
+            self.dt_bias,
+            self.D_skip,
+            self.norm_weight,
+            self.norm_eps,
+        )
+        mask = None if span.mask is None else span.mask[:, 0]
+        y, h, conv = compress_step(
+            projected,
+            state.h,
+            state.conv,
+            weights,
+            starts=starts,
+            mask=mask,
+            backend=self.backend,
+        )
+        state.h, state.conv = h.detach(), conv.detach()
+        k, v = torch.bmm(y.transpose(0, 1), self.out_proj.transpose(1, 2)).unbind(0)
+        return k, v
+
+    def _conv(self, x: Tensor, starts: Tensor, span: Span, state: CompressorState) -> Tensor:
+        """The convolution of inputs that follow a state's; updates it. x: [B, T, channels]."""
         reach, seq = self.conv_width - 1, x.shape[1]
-        if state is not None and seq == 1:  # a decode step: one window of the inputs
-            inputs = _join(state.conv.masked_fill(starts[..., None], 0.0), x, span)
-            state.conv = inputs[:, 1:].detach().to(state.conv.dtype, copy=True)
-            return (inputs * self.conv_weight.to(x.dtype).t()).sum(1, keepdim=True)
-        inputs = F.pad(x, (0, 0, reach, 0)) if state is None else _join(state.conv, x, span)
-        segment = F.pad(starts.long().cumsum(1), (reach, 0))  # [B or 1, reach + T]
-        now = segment[:, reach:]
-        weight = self.conv_weight.to(x.dtype)
-        out = inputs[:, reach:] * weight[:, -1]
-        for lag in range(1, self.conv_width):
-            at = slice(reach - lag, reach - lag + seq)
-            tap = (segment[:, at] == now)[..., None] * weight[:, -1 - lag]
-            out = torch.addcmul(out, inputs[:, at], tap)
-        if state is not None:
-            alive = segment[:, seq:] == segment[:, -1:]
-            state.conv = (inputs[:, seq:] * alive[..., None]).detach().to(state.conv.dtype)
-        return out
+        inputs = _join(state.conv, x, span)
+        segment = segments(starts, reach)
+        alive = segment[:, seq:] == segment[:, -1:]
+        state.conv = (inputs[:, seq:] * alive[..., None]).detach().to(state.conv.dtype)
+        return causal_conv(inputs, self.conv_weight, starts)
 
     def new_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> CompressorState:
         width = self.ssm_dim // self.n_heads

@@ -5,11 +5,16 @@ Shapes: B batch, T tokens, d model width, H heads, D width of a head.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attamba.ops.chunking import Span
+from attamba.ops.rotary import rotate
+
+__all__ = ["RMSNorm", "Rotary", "SwiGLU", "linear", "rotate", "trunc_normal_"]
 
 
 class RMSNorm(nn.Module):
@@ -55,16 +60,23 @@ class Rotary(nn.Module):
         return span.memo[key]
 
     def _table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        exponent = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float64)
-        angle = positions[..., None, None] * self.theta ** (-exponent / self.head_dim)
+        # A decode step is made of small operations: there, and not under a compiler, they are kept.
+        frequencies = _kept_frequencies if positions.shape[1] == 1 else _frequencies
+        frequency = frequencies(self.head_dim, self.theta, positions.device)
+        angle = positions[..., None, None] * frequency
         return angle.cos().float(), angle.sin().float()
 
 
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """x: [B, T, H, D] turned by its position; computed in float32, returned in x's dtype."""
-    cos, sin = rotary
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """theta^(-2i/D), float64 [D/2]."""
+    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64)
+    return theta ** (-exponent / head_dim)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _frequencies(head_dim, theta, device)
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:

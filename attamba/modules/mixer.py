@@ -21,6 +21,13 @@ class TimeMixer(nn.Module):
         """
         raise NotImplementedError
 
+    def stacked_projections(self) -> Tensor | None:
+        """A copy of the matrices that a decode step multiplies with its input, one on the other.
+
+        Set as LayerCache.stacked it makes one product of several. None where that gains nothing.
+        """
+        return None
+
     def new_cache(self, batch: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
         """What this layer keeps between calls, empty, for `batch` rows."""
         raise NotImplementedError

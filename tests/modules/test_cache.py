@@ -12,7 +12,9 @@ from torch import Tensor
 import attamba
 from attamba.models import Decoder
 from attamba.models.accounting import cache_bytes
-from attamba.modules.cache import BLOCK, DecodeCache, KVCache
+from attamba.modules.cache import DecodeCache, KVCache
+from attamba.ops.backends import interpreted
+from attamba.ops.chunk_decode import PAGE, Blocks
 from attamba.ops.chunking import make_span
 
 CPU = torch.device("cpu")
@@ -127,7 +129,7 @@ def test_200_000_tokens_grow_the_cache_by_one_entry_per_chunk_and_nothing_else(b
                 entries += 0.5 * sum(t == 0 or (t + 1 + phase) % 8 == 0 for t in older)
         assert cache.nbytes(used=True) == ring + state + entries * ENTRY
         assert cache.nbytes(used=True) == cache_bytes(model.config, seq)
-        assert cache.nbytes() <= cache.nbytes(used=True) + 2 * BLOCK * ENTRY + 1_000
+        assert cache.nbytes() <= cache.nbytes(used=True) + 2 * PAGE * ENTRY + 1_000
     # 8.3 times less than an entry per token
     assert 2 * 200_000 * ENTRY / cache.nbytes(used=True) > 7.9
 
@@ -159,7 +161,8 @@ def test_synthetic_tokens_weigh_what_real_ones_do():
 
 def _tensors(thing: Any, seen: set[int]) -> Iterator[Tensor]:
     """Every tensor that can be reached from an object."""
-    if id(thing) in seen or isinstance(thing, (str, int, float, type(None), torch.dtype, type)):
+    leaves = (str, int, float, type(None), torch.dtype, torch.device, type)
+    if id(thing) in seen or isinstance(thing, leaves):
         return
     seen.add(id(thing))
     if isinstance(thing, Tensor):
@@ -216,12 +219,10 @@ def test_allocated_bytes_are_those_of_every_tensor_in_reach(name, dtype):
         assert cache.nbytes() == _storages(cache)
     cache.reorder(torch.tensor([1, 0, 1]))
     assert cache.nbytes() == _storages(cache)
-    block = sum(BLOCK * 2 * layer.kv.k[:, :, :1].numel() * dtype.itemsize for layer in cache.layers)
+    block = sum(PAGE * 2 * layer.kv.k[:, :, :1].numel() * dtype.itemsize for layer in cache.layers)
     books = cache.lengths.nbytes
     for layer in cache.layers:
-        books += sum(
-            t.nbytes for _, part, t in layer.parts() if part not in ("k", "v", "h", "conv")
-        )
+        books += sum(t.nbytes for t in layer.kv.tensors().values())
         books += 0 if layer.carry is None else layer.carry.nbytes
     if name == "separator":  # rows and layers hold different numbers of ends, the longest decides
         block *= 2
@@ -260,7 +261,64 @@ def test_the_transformer_holds_every_token_or_a_ring():
         assert caches[0].nbytes(used=True) == 2 * length * ENTRY
         assert caches[1].nbytes(used=True) == 2 * min(length, 20) * ENTRY // 2
     caches[1].fill(2_000)
-    assert caches[1].layers[0].kv.k.shape[2] == BLOCK, "a ring does not grow"
+    assert caches[1].layers[0].kv.k.shape[2] == PAGE, "a ring does not grow"
+
+
+# --------------------------------------------------------------------------------------------
+# Blocks
+# --------------------------------------------------------------------------------------------
+
+
+def test_growth_moves_nothing_and_keeps_blocks_few():
+    model = _model(MIXERS["transformer"])
+    cache = model.new_cache(1)
+    model(_ids(1, 300), cache=cache)
+    blocks = cache.layers[0].kv.blocks
+    first, before = blocks.k[0].data_ptr(), blocks.k[0][0, :, :300].clone()
+    for _ in range(230):
+        model(_ids(1, 1), cache=cache)
+    assert [b.shape[2] for b in blocks.k] == [2 * PAGE, PAGE]
+    assert blocks.k[0].data_ptr() == first and torch.equal(blocks.k[0][0, :, :300], before)
+    for entries in range(4 * PAGE, 400 * PAGE, PAGE):
+        blocks.reserve(entries)
+        assert blocks.capacity <= entries * 9 / 8 + PAGE
+    assert len(blocks.k) < 50
+    entry = 3 * PAGE + 5
+    block, at = blocks.locate(entry)
+    assert sum(b.shape[2] for b in blocks.k[:block]) + at == entry
+    with pytest.raises(IndexError, match="beyond the capacity"):
+        blocks.locate(blocks.capacity)
+
+
+def test_the_page_table_tells_where_entries_lie():
+    blocks = Blocks(2, 3, 4, torch.float32, CPU)
+    blocks.reserve(2 * PAGE)
+    blocks.page_table()
+    blocks.reserve(3 * PAGE)
+    for page, line in enumerate(blocks.page_table()[:3].tolist()):
+        block, at = blocks.locate(page * PAGE)
+        k, v = blocks.k[block], blocks.v[block]
+        assert line == [k[:, :, at:].data_ptr(), v[:, :, at:].data_ptr(), k.stride(1)]
+
+
+@pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter")
+@pytest.mark.parametrize("name", ["attamba", "per head"])
+def test_a_model_steps_in_kernels(name):
+    pytest.importorskip("triton")
+    model = _model(MIXERS[name])
+    ids = _ids(2, 13)
+    full, cache = model(ids), model.new_cache(2)
+    parts = [model(ids[:, :9], cache=cache)]
+    for layer, held in zip(model.layers, cache.layers):
+        held.kv.backend = layer.mixer.compressors.backend = "triton"
+        held.stacked = layer.mixer.stacked_projections()
+    assert cache.by_kernel
+    parts += [model(ids[:, t : t + 1], cache=cache) for t in range(9, 13)]
+    assert torch.allclose(torch.cat(parts, 1), full, atol=1e-5)
+    before = _row(cache, 1)
+    model(ids[:, :1], cache=cache, attention_mask=torch.tensor([[True], [False]]))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in _row(cache, 1).items())
+    assert cache.nbytes() == _storages(cache) - sum(h.stacked.nbytes for h in cache.layers)
 
 
 # --------------------------------------------------------------------------------------------
@@ -285,7 +343,10 @@ def test_reset_gives_memory_back_and_forgets_everything(name):
 def _row(cache: DecodeCache, row: int) -> dict[str, Tensor]:
     out = {"length": cache.lengths[row].clone()}
     for i, layer in enumerate(cache.layers):
-        for _, name, tensor in layer.parts():
+        tensors = {"k": layer.kv.k, "v": layer.kv.v, **layer.kv.tensors()}
+        if layer.state is not None:
+            tensors |= layer.state.tensors()
+        for name, tensor in tensors.items():
             out[f"{i}.{name}"] = tensor[row].clone()
         if layer.carry is not None:
             out[f"{i}.carry"] = layer.carry[row].clone()

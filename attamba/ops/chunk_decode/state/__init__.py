@@ -1,0 +1,1 @@
+"""Kernels of a decode step beside its attention: recurrence, norms and gates."""

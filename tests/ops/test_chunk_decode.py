@@ -1,0 +1,152 @@
+"""One decode step: torch and the kernels against the plain loops, many steps in a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from attamba.ops.backends import interpreted
+from attamba.ops.chunk_decode import CompressorWeights, Held, attend_step, compress_step
+
+CPU = torch.device("cpu")
+# The interpreter must be on before triton's first import, so it is the whole run's choice.
+BACKENDS = ["torch", "triton"] if interpreted() else ["torch"]
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.float() - want.float()).norm() / (want.float().norm() + 1e-9))
+
+
+def _held(
+    batch: int, groups: int, width: int, window: int | None, dtype: torch.dtype, poison: float
+) -> Held:
+    """With poison wherever nobody has written. Masked products need it to be finite."""
+    held = Held(batch, groups, width, window, dtype, CPU)
+    held.reserve(600)
+    for block in (*held.blocks.k, *held.blocks.v):
+        block.fill_(poison)
+    return held
+
+
+def _contents(held: Held, lengths: torch.Tensor) -> list[torch.Tensor]:
+    k, v = held.blocks.joined(held.blocks.capacity)
+    count = held.ring_used(lengths)[:, None] + held.n_past
+    out = [held.n_past, held.last_end, held.arrivals]
+    for b in range(held.batch):
+        for g in range(held.heads):
+            out += [k[b, g, : count[b, g]], v[b, g, : count[b, g]]]
+    return out
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "grouped": {"heads": 6, "groups": 2},
+    "wide group": {"heads": 8, "groups": 1, "width": 16},
+    "no window": {"window": None},
+    "no window, no ends": {"window": None, "ends": None},
+    "ring alone": {"ends": None},
+    "window of one": {"window": 1},
+    "ends of heads": {"ends": "heads"},
+    "long": {"begin": 300, "steps": 4, "window": 9},
+    "odd width": {"width": 6, "rotary": False, "more": False},
+    "frozen rows": {"mask": True, "ends": "heads"},
+    "half precision": {"dtype": torch.float16},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_attend_step_is_its_reference(backend, name):
+    case = {"heads": 2, "groups": 2, "width": 8, "window": 5, "ends": "rows", "steps": 7}
+    case |= {"begin": 0, "rotary": True, "more": True, "mask": False, "dtype": torch.float32}
+    case |= CASES[name]
+    batch, heads, groups, width = 2, case["heads"], case["groups"], case["width"]
+    dtype, tolerance = case["dtype"], 1e-5 if case["dtype"] == torch.float32 else 2e-3
+    # the first tokens of "long" come through torch
+    poison = float("nan") if backend == "triton" and not case["begin"] else 1e4
+    got, want = (_held(batch, groups, width, case["window"], dtype, poison) for _ in range(2))
+    lengths = torch.tensor([0, 3] if case["mask"] or name == "no window" else [0, 0])
+    for held in (got, want):
+        for step in range(3):  # rows that start with tokens
+            k = torch.full((batch, groups, width), float(step + 1), dtype=dtype)
+            mask = lengths > step
+            if mask.any():
+                attend_step(
+                    k.repeat_interleave(heads // groups, 1),
+                    k,
+                    k,
+                    held,
+                    torch.full_like(lengths, step),
+                    mask=mask,
+                    backend="reference",
+                )
+    for step in range(case["begin"] + case["steps"]):
+        q = torch.randn(batch, heads, width, dtype=dtype)
+        k, v = torch.randn(2, batch, groups, width, dtype=dtype).unbind(0)
+        options: dict[str, Any] = {}
+        if case["ends"] is not None:
+            shape = (batch, groups) if case["ends"] == "heads" else (batch, 1)
+            options["ends"] = torch.rand(shape) < (0.9 if case["begin"] else 0.4)
+        if case["rotary"]:
+            angle = torch.rand(batch, 1, width // 2)
+            options["rotary"] = (angle.cos(), angle.sin())
+        if case["more"]:
+            options["more"] = tuple(torch.randn(2, batch, groups, width, dtype=dtype))
+        if case["mask"]:
+            options["mask"] = torch.rand(batch) < 0.6
+        ours = backend if step >= case["begin"] else "torch"  # long before: another page
+        y = attend_step(q, k, v, got, lengths, backend=ours, **options)
+        theirs = "reference" if step >= case["begin"] else "torch"
+        ref = attend_step(q, k, v, want, lengths, backend=theirs, **options)
+        takes = options.get("mask", torch.ones(batch, dtype=torch.bool))
+        assert y.isfinite().all()
+        assert relative(y[takes], ref[takes]) < tolerance, step
+        lengths = lengths + takes
+    for a, b in zip(_contents(got, lengths), _contents(want, lengths)):
+        assert torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("taps, inner, heads, state", [(4, 8, 2, 4), (4, 12, 3, 7), (1, 16, 1, 16)])
+def test_compress_step_is_its_reference(backend, taps, inner, heads, state):
+    batch, channels = 2, 2 * (inner + 2 * state)
+    weights = CompressorWeights(
+        torch.randn(channels, taps),
+        torch.randn(2, heads),
+        torch.randn(2, heads),
+        torch.randn(2, heads),
+        torch.randn(2, inner),
+        1e-5,
+    )
+    h = torch.zeros(batch, 2 * heads, state, inner // heads)
+    conv = torch.zeros(batch, taps - 1, channels)
+    ours, theirs = (h.clone(), conv.clone()), (h.clone(), conv.clone())
+    for step in range(8):
+        projected = torch.randn(batch, 2 * inner + channels + 2 * heads + 3)[:, :-3]
+        starts = torch.rand(batch) < 0.3 if step > 3 else None
+        mask = torch.rand(batch) < 0.7 if step > 5 else None
+        options: dict[str, Any] = {"starts": starts, "mask": mask}
+        y, *ours = compress_step(projected, *ours, weights, backend=backend, **options)
+        ref, *theirs = compress_step(projected, *theirs, weights, backend="reference", **options)
+        takes = torch.ones(batch, dtype=torch.bool) if mask is None else mask
+        assert relative(y[takes], ref[takes]) < 1e-5
+        for a, b in zip(ours, theirs):
+            assert torch.allclose(a[takes], b[takes], atol=1e-5)
+        # A row that starts while it is frozen starts once more when it goes on: its state is moot.
+        for a, b in zip(ours, theirs):
+            a[~takes] = b[~takes]
+
+
+def test_shapes_that_disagree():
+    held = Held(2, 2, 4, 3, torch.float32, CPU)
+    q, k, lengths = torch.zeros(2, 4, 4), torch.zeros(2, 2, 4), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"must both be \[B, G, D\] = \[2, 2, 4\]"):
+        attend_step(q, k[:, :1], k, held, lengths)
+    with pytest.raises(ValueError, match=r"q has shape \[2, 3, 4\]; it must be \[2, H, 4\]"):
+        attend_step(q[:, :3], k, k, held, lengths)
+    with pytest.raises(ValueError, match=r"lengths has shape \[1\], expected \[2\]"):
+        attend_step(q, k, k, held, lengths[:1])
+    with pytest.raises(ValueError, match=r"ends has shape \[2, 3\]; it must be \[B or 1, G or 1\]"):
+        attend_step(q, k, k, held, lengths, ends=torch.zeros(2, 3, dtype=torch.bool))
