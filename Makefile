@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+DEV    := $(VENV)/.ready-dev
 
 .PHONY: demo test check format lock clean
 
@@ -12,12 +13,12 @@ demo: $(READY)          ## train Attamba and a transformer on Python's own sourc
 test: check             ## lint, format, types, tests
 	$(BIN)/python -m pytest
 
-check: $(READY)
+check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(READY)
+format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -28,15 +29,25 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(READY)
 
+$(DEV): $(READY) requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	touch $(DEV)
+
 # One torch line for every platform: pip picks the build, and a CUDA build its own companions,
 # triton among them. Beside a CPU build any triton serves: kernels then run in its interpreter.
-lock:                   ## resolve requirements.lock anew (needs uv)
-	uv pip compile pyproject.toml requirements.in --all-extras --universal --python-version 3.10 \
-		--no-annotate --no-header $(UV_FLAGS) \
-		| grep -vE '^(nvidia-|cuda-|triton|torch==)' > requirements.lock.new
+RESOLVE = uv pip compile pyproject.toml requirements.in --universal --python-version 3.10 \
+	--no-annotate --no-header $(UV_FLAGS)
+OPEN    = grep -vE '^(nvidia-|cuda-|triton|torch==)'
+
+lock:                   ## resolve both locks anew (needs uv)
+	$(RESOLVE) --extra train --extra plot | $(OPEN) > requirements.lock.new
 	echo 'torch==2.13.0' >> requirements.lock.new
-	echo "triton>=3.6,<4 ; sys_platform == 'linux' and platform_machine == 'x86_64'" >> requirements.lock.new
 	mv requirements.lock.new requirements.lock
+	$(RESOLVE) --all-extras -c requirements.lock | $(OPEN) > requirements-dev.lock.new
+	echo 'torch==2.13.0' >> requirements-dev.lock.new
+	echo "triton>=3.6,<4 ; sys_platform == 'linux' and platform_machine == 'x86_64'" \
+		>> requirements-dev.lock.new
+	mv requirements-dev.lock.new requirements-dev.lock
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

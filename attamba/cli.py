@@ -198,6 +198,14 @@ def _eval(commands: Commands) -> None:
         metavar="FIELD=A,B,...",
         help="score at several values of a mixer's field: chunk_size=1,2,4,8,16",
     )
+    parser.add_argument(
+        "--tasks",
+        metavar="NAME,...",
+        help="score on tasks of the lm-eval harness instead: hellaswag,wikitext2_local=PATH",
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="documents of each task (default: all)"
+    )
     parser.add_argument("--json", metavar="OUT", help="write the figures to this file")
 
 

@@ -55,6 +55,10 @@ def train(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """`attamba eval CKPT [key=value ...]`."""
+    if args.tasks is not None:
+        return _evaluate_tasks(args)
+    if args.limit is not None:
+        raise ConfigError(f"--limit={args.limit} is for --tasks; --max-tokens limits text")
     from attamba.dial import sweep
     from attamba.evaluate import evaluate
 
@@ -84,6 +88,34 @@ def evaluate(args: argparse.Namespace) -> int:
         record |= {"field": field, **options, "rows": [row.to_dict() for row in rows]}
     if args.json is not None:
         write_json(Path(args.json), record)
+    return 0
+
+
+def _evaluate_tasks(args: argparse.Namespace) -> int:
+    """`attamba eval CKPT --tasks NAME,...`."""
+    for name in ("data", "split_on", "text_key", "stride", "max_tokens", "sweep"):
+        if getattr(args, name) != args.parser.get_default(name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} does not go with --tasks, whose text and windows are "
+                f"the tasks'; leave it out"
+            )
+    if args.context == "all":
+        raise ConfigError("--context=all does not go with --tasks; give a number of tokens")
+    from attamba.harness import AttambaLM, load_tasks, run_tasks, table
+
+    tasks = load_tasks(args.tasks.split(","))
+    if args.json is not None:
+        _make_folder(Path(args.json))
+    folder, config, model, tokenizer = _load(args)
+    context = _context(args.context, config.data.seq_len)
+    assert context is not None
+    lm = AttambaLM(model, tokenizer, context=context, batch_size=args.batch_size)
+    results = run_tasks(lm, tasks, limit=args.limit)
+    print(table(results))
+    if args.json is not None:
+        kept = ("results", "groups", "versions", "n-shot", "n-samples")
+        record = {"checkpoint": str(folder), "overrides": args.overrides, "context": context}
+        write_json(Path(args.json), record | {k: results[k] for k in kept if k in results})
     return 0
 
 

@@ -276,6 +276,25 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True)
+class EvalConfig:
+    """Tasks of the lm-eval harness, scored in training as `attamba eval --tasks` scores them."""
+
+    tasks: list[str] = field(default_factory=list)
+    """Names; NAME=PATH for those on local text. Default: none."""
+    every: int = 0
+    """Steps between scorings; 0 for the last step alone."""
+    limit: int | None = None
+    """Documents of each task. Default: all."""
+
+    def validate(self) -> None:
+        _at_least(self.every, 0, "eval.every")
+        if self.limit is not None:
+            _at_least(self.limit, 1, "eval.limit")
+        if not self.tasks and (self.every or self.limit):
+            raise ConfigError("eval.every and eval.limit need eval.tasks; name some, or leave them")
+
+
+@dataclass(kw_only=True)
 class RunConfig:
     """Everything that `attamba train` needs."""
 
@@ -285,6 +304,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
     SHORTCUTS: ClassVar[dict[str, str]] = {"mixer": "model.mixer"}
     """First parts of keys that may be written without their section."""
@@ -294,6 +314,7 @@ class RunConfig:
         self.data.validate()
         self.optim.validate()
         self.train.validate()
+        self.eval.validate()
         if self.data.batch_size % self.train.accumulate:
             raise ConfigError(
                 f"train.accumulate={self.train.accumulate} does not divide "

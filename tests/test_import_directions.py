@@ -24,7 +24,10 @@ LAYERS = [
     {"config", "data", "ops"},
     {"modules"},
     {"models"},
-    {"train", "generation", "sampling", "evaluate", "dial", "plots", "display", "hf", "serve"},
+    {
+        *("train", "generation", "sampling", "evaluate", "dial", "plots", "display"),
+        *("harness", "hf", "serve"),
+    },
     {"cli", "commands", "__main__"},
     {"demo", "bench", "study"},
 ]
@@ -151,7 +154,7 @@ def test_kernels_are_imported_late():
 
 
 def test_the_package_imports_torch_and_numpy_alone_where_modules_are_loaded():
-    assert _foreign(set(RANK) - {"hf"} | {""}, late=False) <= {"torch", "numpy"}
+    assert _foreign(set(RANK) - {"hf", "harness"} | {""}, late=False) <= {"torch", "numpy"}
     assert _foreign({"config", "data", ""}, late=False) <= {"numpy"}
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from attamba.train.run_folder import check_same_data, lock, open_run_folder
 from attamba.train.runtime import resolve_device
 from attamba.train.sources import Sources, open_sources
 from attamba.train.storage import list_checkpoints, remove_old
+
+if TYPE_CHECKING:
+    from attamba.harness import Tasks
 
 OnLog = Callable[[Record], None]
 
@@ -70,13 +73,14 @@ def train(config: RunConfig, *, resume: bool = True, on_log: OnLog | None = None
     resume: False refuses a folder that holds a checkpoint.
     on_log: called with each record after it was written to metrics.jsonl.
 
-    Raises ConfigError for a configuration that cannot be used or is not the folder's; DataError
-    for the data; CheckpointError if one cannot be written or read; TrainingDiverged for a loss or
-    gradient that is not finite, before it changes a weight; TrainingInterrupted (a
-    KeyboardInterrupt) after Ctrl-C or SIGTERM.
+    Raises ConfigError for a configuration that cannot be used or is not the folder's, and for
+    tasks that cannot be loaded; DataError for the data; CheckpointError if one cannot be written
+    or read; TrainingDiverged for a loss or gradient that is not finite, before it changes a
+    weight; TrainingInterrupted (a KeyboardInterrupt) after Ctrl-C or SIGTERM.
     """
     config.validate()
     device = resolve_device(config.train.device, "train.device")
+    tasks = _load_tasks(config.eval.tasks)
     run_dir = Path(config.out)
     with lock(run_dir), open_progress(run_dir.name, enabled=config.train.progress) as progress:
         checkpoint = open_run_folder(run_dir, config, resume=resume)
@@ -89,8 +93,17 @@ def train(config: RunConfig, *, resume: bool = True, on_log: OnLog | None = None
             MetricsLog(run_dir, step=run.step, tensorboard=config.train.tensorboard) as metrics,
             StopRequest() as stop,
         ):
-            _Loop(run, metrics, progress, stop, on_log).go()
+            _Loop(run, tasks, metrics, progress, stop, on_log).go()
     return TrainResult(run_dir=run_dir, step=run.step, metrics=metrics.records)
+
+
+def _load_tasks(names: list[str]) -> Tasks | None:
+    """Tasks to score, loaded before the first step: what is missing shows at once."""
+    if not names:
+        return None
+    from attamba.harness import load_tasks
+
+    return load_tasks(names)
 
 
 class _Run:
@@ -177,6 +190,15 @@ class _Run:
         self.model.train()
         return total / batch.targets.size
 
+    def score(self, tasks: Tasks) -> dict[str, float | None]:
+        """Figures of tasks, by the weights as a checkpoint saves them (without autocast)."""
+        from attamba.harness import AttambaLM, figures, run_tasks
+
+        rows = self.config.data.batch_size // self.config.train.accumulate
+        context = self.config.data.seq_len
+        lm = AttambaLM(self.model, self.sources.tokenizer, context=context, batch_size=rows)
+        return figures(run_tasks(lm, tasks, limit=self.config.eval.limit, stderr=False))
+
     def _loss_sum(self, batch: Batch) -> Tensor:
         """Summed cross entropy in nats, in float32 whatever the model computes in."""
         inputs, targets, doc_ids = (
@@ -206,12 +228,13 @@ class _Loop:
     def __init__(
         self,
         run: _Run,
+        tasks: Tasks | None,
         metrics: MetricsLog,
         progress: Silent,
         stop: StopRequest,
         on_log: OnLog | None,
     ) -> None:
-        self.run, self.metrics, self.progress = run, metrics, progress
+        self.run, self.tasks, self.metrics, self.progress = run, tasks, metrics, progress
         self.stop, self.on_log = stop, on_log
         self.logged = (run.tokens, run.seconds)
 
@@ -227,6 +250,8 @@ class _Loop:
                 self.logged = (run.tokens, run.seconds)
             if self._due(every.eval_every):
                 self._validate()
+            if self.tasks is not None and self._due(run.config.eval.every):
+                self._log({"kind": "tasks", **run.score(self.tasks)})
             if self._due(every.save_every) or self.stop.requested:
                 self.metrics.sync()
                 run.save()

@@ -1,10 +1,11 @@
-"""metrics.jsonl: one JSON object per line, of kind "train" or "valid".
+"""metrics.jsonl: one JSON object per line, of kind "train", "valid" or "tasks".
 
 train: step, tokens, loss (nats per token of that step's batch), lr, grad_norm (before clipping),
        tokens_per_second (since the last line, validation and saving not counted), seconds (of
        training since step 0, over all its resumptions)
 valid: step, tokens, seconds, valid_loss (nats per token), valid_bits_per_byte (by the mean bytes
        per token of the validation data)
+tasks: step, tokens, seconds, and "<task>/<metric>" for each figure of eval.tasks (null: not finite)
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class MetricsLog:
         self._file.flush()
         if self._events is not None:
             for key, value in record.items():
-                if key not in _NOT_PLOTTED:
+                if key not in _NOT_PLOTTED and value is not None:
                     self._events.add_scalar(f"{record['kind']}/{key}", value, record["step"])
 
     def sync(self) -> None:

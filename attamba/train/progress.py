@@ -42,8 +42,8 @@ class Lines(Silent):
 
     def record(self, record: Record) -> None:
         head = f"step {record['step']}/{self._steps}"
-        if record["kind"] == "valid":
-            self.say(f"{head}  {_validation(record)}")
+        if record["kind"] != "train":
+            self.say(f"{head}  {_scores(record)}")
             return
         rate = record["tokens_per_second"]
         left = (self._steps - record["step"]) * (record["tokens"] / record["step"]) / rate
@@ -75,8 +75,8 @@ class Bar(Silent):
         )
 
     def record(self, record: Record) -> None:
-        if record["kind"] == "valid":
-            self.say(f"step {record['step']}  {_validation(record)}")
+        if record["kind"] != "train":
+            self.say(f"step {record['step']}  {_scores(record)}")
 
     def say(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False)
@@ -112,7 +112,11 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def _validation(record: Record) -> str:
+def _scores(record: Record) -> str:
+    """A record of validation or of tasks."""
+    if record["kind"] == "tasks":
+        figures = {key: value for key, value in record.items() if "/" in key}
+        return ", ".join(f"{k} {'-' if v is None else f'{v:.4f}'}" for k, v in figures.items())
     return (
         f"validation: {record['valid_loss']:.4f} nats/token, "
         f"{record['valid_bits_per_byte']:.4f} bits/byte"

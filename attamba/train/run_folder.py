@@ -27,6 +27,9 @@ FREE = frozenset(
         "train.save_every",
         "train.progress",
         "train.tensorboard",
+        "eval.tasks",
+        "eval.every",
+        "eval.limit",
     }
 )
 """Keys that may change on resume, because no weight depends on them."""

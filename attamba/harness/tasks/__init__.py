@@ -1,0 +1,1 @@
+"""Definitions of tasks in the harness's own form, and how they read local text."""
