@@ -97,20 +97,27 @@ def seconds(step: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+TURN = 8
+"""Steps that a contender takes in a row."""
+
+
 def interleaved_seconds(
     steps: dict[str, Callable[[], object]], repeats: int, device: torch.device, warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of `repeats` calls of each step, taken in turns.
+    """Seconds of `repeats` calls of each step, taken in turns of TURN.
 
-    In turns, because a machine's speed drifts: what slows one then slows the others as well.
+    In turns, because a machine's speed drifts: what slows one then slows the others as well. A
+    turn begins with a call that does not count: the processor's caches hold another's data then.
     """
     for step in steps.values():
         for _ in range(warm_up):
             step()
     taken: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
+    for begin in range(0, repeats, TURN):
         for name, step in steps.items():
-            taken[name].append(seconds(step, device))
+            step()
+            for _ in range(min(TURN, repeats - begin)):
+                taken[name].append(seconds(step, device))
     return taken
 
 

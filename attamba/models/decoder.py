@@ -100,7 +100,9 @@ class Decoder(nn.Module):
         given = self._given(ends, x, cache)
         if cache is not None:
             cache.before(x.shape[1])
-        if cache is not None and x.shape[1] == 1 and cache.by_kernel:
+        # A hook on a layer wants to see whole layers.
+        hooked = any(layer._forward_hooks for layer in self.layers)
+        if cache is not None and x.shape[1] == 1 and cache.by_kernel and not hooked:
             x = self._step(x, span, cache, given)
         else:
             for i, layer in enumerate(self.layers):
@@ -170,7 +172,8 @@ class Decoder(nn.Module):
             raise ValueError(f"the cache has {cache.batch_size} rows, the input {batch}")
         if mask is not None:
             mask = mask.bool()
-            if seq > 1 and bool((mask[:, 1:] < mask[:, :-1]).any()):
+            checked = torch.compiler.is_compiling() or seq == 1  # a graph cannot look at values
+            if not checked and bool((mask[:, 1:] < mask[:, :-1]).any()):
                 raise ValueError(
                     "attention_mask has padding to the right of a token; pad prompts on the left"
                 )

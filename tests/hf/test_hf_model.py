@@ -307,3 +307,22 @@ def test_the_package_does_not_load_transformers():
         "assert not {'transformers', 'huggingface_hub', 'tokenizers'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_hidden_states_of_a_step_in_kernels():
+    """Kernels may join layers, but not those that somebody looks at."""
+    pytest.importorskip("triton")
+    ids, states = torch.randint(20, (2, 7)), []
+    for backend in ("triton", "torch"):
+        torch.manual_seed(0)
+        mixer = {"type": "attamba", "n_heads": 2, "state_dim": 4, "ssm_heads": 2, "chunk_size": 3}
+        mixer |= {"leading_tokens": 4, "backend": backend}
+        config = attamba.ModelConfig(vocab_size=20, dim=32, n_layers=2, mixer=mixer)
+        model = AttambaForCausalLM.from_decoder(attamba.build_model(config)).eval()
+        with torch.no_grad():
+            cache = model(ids[:, :6], use_cache=True).past_key_values
+            out = model(ids[:, 6:], past_key_values=cache, output_hidden_states=True)
+        states.append(out.hidden_states)
+    assert len(states[0]) == len(states[1]) == 3
+    for a, b in zip(*states):
+        torch.testing.assert_close(a, b)
