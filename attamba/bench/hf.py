@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         "environment": common.environment(device),
         "rows": rows,
     }
-    print(table(record))
+    for table in tables(record):
+        print(table)
     if args.json is not None:
         common.write_json(args.json, record)
     return 0
@@ -95,7 +96,7 @@ def measure(
     return row
 
 
-def table(record: dict[str, Any]) -> common.Table:
+def tables(record: dict[str, Any]) -> list[common.Table]:
     """A record that run() made, as a table."""
     cells = [
         [
@@ -108,4 +109,4 @@ def table(record: dict[str, Any]) -> common.Table:
         for row in record["rows"]
     ]
     head = ["rows", "attamba.generate", "transformers", "overhead", "same tokens"]
-    return common.Table("one step of generation", head, cells)
+    return [common.Table("one step of generation", head, cells)]

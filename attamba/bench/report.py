@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from attamba.bench import common, decode, kernels, train
+from attamba.bench import common, decode, hf, kernels, train
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -31,9 +31,8 @@ def tables(record: dict[str, Any]) -> list[common.Table]:
         from attamba.bench import train_gpu  # needs torch
 
         return train_gpu.tables(record)
-    return {"decode": decode, "kernels": kernels, "train": train}[record["benchmark"]].tables(
-        record
-    )
+    own = {"decode": decode, "hf": hf, "kernels": kernels, "train": train}
+    return own[record["benchmark"]].tables(record)
 
 
 def main() -> None:
