@@ -32,6 +32,9 @@ from attamba.train.storage import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_DEVICE = "cuda:0"
+"""What the harness's command line asks for where nobody gave --device."""
+
 Score = tuple[float, bool]
 """Log-probability of a text, and whether it is what greedy decoding would say."""
 
@@ -106,6 +109,11 @@ class AttambaLM(TemplateLM):
     ) -> AttambaLM:
         """The harness's way to make a model of --model_args and its other options."""
         others = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        if others.get("device") == DEFAULT_DEVICE and not torch.cuda.is_available():
+            logger.warning(
+                "there is no %s, the harness's default device: using cpu", DEFAULT_DEVICE
+            )
+            others["device"] = "cpu"
         return cls.from_checkpoint(**{**arg_dict, **others})
 
     @classmethod

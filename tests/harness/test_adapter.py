@@ -200,6 +200,15 @@ def folder(tmp_path):
     return save_checkpoint(tmp_path, step=1, model=build(), config=config, tokenizer=TOKENIZER)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the default device is there")
+def test_the_default_device_of_the_command_line_may_be_missing(folder, caplog):
+    made = AttambaLM.create_from_arg_obj({"pretrained": str(folder)}, {"device": "cuda:0"})
+    assert made.model.embed.weight.device.type == "cpu"
+    assert "there is no cuda:0" in caplog.text
+    with pytest.raises(ValueError, match="cuda:1"):
+        AttambaLM.create_from_arg_obj({"pretrained": str(folder)}, {"device": "cuda:1"})
+
+
 def test_model_args_of_the_command_line(folder):
     from lm_eval.api.registry import get_model
 
