@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 LENGTHS = "1k,8k,64k"
 TOKENS = 65536
-LIBRARY = ("cudnn", "flash", "efficient")
-"""Backends of scaled_dot_product_attention."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +107,8 @@ def measure_attention(
     """Milliseconds forward and forward+backward of each contender, and what follows from them."""
     import torch
 
+    from attamba.bench.library import BACKENDS
+
     torch.manual_seed(0)
     size = (shape.batch, shape.length, shape.heads, shape.width)
     q, k, v, weight = (torch.randn(size, device=device, dtype=torch.bfloat16) for _ in range(4))
@@ -129,7 +129,7 @@ def measure_attention(
         except (RuntimeError, torch.OutOfMemoryError) as error:
             row["failed"][name] = str(error).splitlines()[0][:200]
     best = {
-        part: min(row["ms"][n][part] for n in LIBRARY if n in row["ms"])
+        part: min(row["ms"][n][part] for n in BACKENDS if n in row["ms"])
         for part in ("forward", "both")
     }
     row["library_ms"] = best
@@ -217,22 +217,13 @@ def _ours(shape: Shape, device: torch.device) -> Iterator[tuple[str, Callable[..
         )
 
 
-def library_kernels() -> tuple[Any, ...]:
-    """What LIBRARY names, for torch.nn.attention.sdpa_kernel."""
-    from torch.nn.attention import SDPBackend
-
-    return (
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-    )
-
-
 def _library() -> Iterator[tuple[str, Callable[..., Tensor]]]:
     import torch.nn.functional as F
     from torch.nn.attention import sdpa_kernel
 
-    for name, kernel in zip(LIBRARY, library_kernels()):
+    from attamba.bench.library import BACKENDS
+
+    for name, kernel in BACKENDS.items():
 
         def attention(q: Tensor, k: Tensor, v: Tensor, kernel: Any = kernel) -> Tensor:
             with sdpa_kernel(kernel):

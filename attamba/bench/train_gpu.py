@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from attamba.bench import common
-from attamba.bench.kernels import LIBRARY, library_kernels
+from attamba.bench.library import BACKENDS
 from attamba.config import ModelConfig, OptimConfig
 from attamba.display import format_bytes
 from attamba.models import build_model
@@ -128,7 +128,7 @@ def fastest_library(batch: int, length: int, dim: int, device: torch.device) -> 
         for _ in range(3)
     )  # fmt: skip
     taken = {}
-    for name, kernel in zip(LIBRARY, library_kernels()):
+    for name, kernel in BACKENDS.items():
 
         def step(kernel: Any = kernel) -> None:
             with torch.nn.attention.sdpa_kernel(kernel):
@@ -156,13 +156,12 @@ def _stepper(config: ModelConfig, tokens: torch.Tensor, kernel: str | None) -> C
     compiled = torch.compile(model, dynamic=False, fullgraph=True)
     optimizer = build_optimizer(model, OptimConfig(lr=1e-4))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].flatten()
-    kernels = dict(zip(LIBRARY, library_kernels()))
 
     def step() -> None:
         optimizer.zero_grad()
         with contextlib.ExitStack() as stack:
             if kernel is not None:
-                stack.enter_context(torch.nn.attention.sdpa_kernel(kernels[kernel]))
+                stack.enter_context(torch.nn.attention.sdpa_kernel(BACKENDS[kernel]))
             with torch.autocast(tokens.device.type, torch.bfloat16):
                 logits = compiled(inputs)
             _cross_entropy(logits, targets).backward()

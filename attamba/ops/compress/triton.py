@@ -36,8 +36,8 @@ def fits_a_tile(longest: int, dtype: torch.dtype) -> bool:
     """Are chunks of `longest` tokens computed on their own, with no states passed?
 
     Not in float32, which goes through the scan with states: exact products of larger tiles take a
-    minute to compile, and compiled by Triton 3.6 for an H100 the float32 kernel gave gradients of
-    dt that were wrong, though the interpreter's and those in half precision are right.
+    minute to compile, and compiled by Triton 3.6 for an H100 the float32 kernel gave a wrong
+    gradient of proj. The cause is not known; in the interpreter the same kernel is right.
     """
     return dtype != torch.float32 and longest <= max(FORWARD)
 
