@@ -225,7 +225,7 @@ def test_one_compiled_graph_for_all_lengths():
     def step(q, k, v, ends):
         return chunk_attention(q, k, v, ends, 8, backend="triton").float().sum()
 
-    for batch, seq in ((2, 100), (3, 211), (5, 64)):
+    for batch, seq in ((5, 100), (3, 211), (7, 64)):  # no size twice at first
         q, k, v, _ = inputs(seq, torch.bfloat16, batch=batch)
         step(*(t.requires_grad_() for t in (q, k, v)), layer_ends("cyclic", 4, seq)).backward()
         assert q.grad.isfinite().all()

@@ -157,7 +157,8 @@ def test_compiled_for_any_length(longest):
             torch._dynamo.mark_dynamic(tensor, 1)
         options = {**OPTIONS, "longest": longest, "backend": "triton"}
         got = compiled(**inputs, starts=starts, **options)
-        assert torch.equal(got, compress(**inputs, starts=starts, **options))
+        want = compress(**inputs, starts=starts, **options)
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
     assert calls == 1
     torch._dynamo.reset()
 
@@ -165,7 +166,7 @@ def test_compiled_for_any_length(longest):
 OPTIONS_OF = {"separator": {"tokens": [1, 2], "max_chunk": 9}, "budget": {"max_chunks": 9}}
 
 
-@pytest.mark.parametrize("name", [n for n in BOUNDARIES if n != "given"])
+@pytest.mark.parametrize("name", [n for n, p in BOUNDARIES.items() if n != "given" and p.causal])
 @pytest.mark.parametrize("sink", [False, True])
 def test_no_chunk_is_longer_than_its_policy_says(name, sink):
     seq, draw = 500, torch.tensor(3)

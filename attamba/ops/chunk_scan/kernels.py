@@ -3,7 +3,8 @@
 Forward: each tile's own final state (tile_states), the states that enter the tiles
 (pass_states), the outputs (tile_outputs). Backward: states again, the gradient that each tile
 gives to the state entering it (tile_state_gradients), those passed backwards (pass_states), and
-all gradients of a tile (tile_gradients). Within a tile the recurrence is a masked product, as
+a tile's gradients, head by head (tile_gradients) and for B and C, which heads share
+(tile_shared_gradients). Within a tile the recurrence is a masked product, as
 in Mamba-2's "state-space duality" (arXiv 2405.21060, section 6):
 
     y_t = sum over s <= t of t's chunk of (C_t . B_s) exp(cum_t - cum_s) dt_s x_s
@@ -73,6 +74,20 @@ def _running_sum(dt, A, token, ok, head, dt_t, dt_s):
     """dt and the running sum of A dt, float32 [Q]; no step past the end."""
     step = tl.load(dt + token * dt_t + head * dt_s, mask=ok, other=0.0).to(tl.float32)
     return step, tl.cumsum(step * tl.load(A + head).to(tl.float32), 0)
+
+
+@triton.jit
+def _decay(cum, first, Q: tl.constexpr):
+    """[Q, Q] (t, s): the decay from token s to token t of the same chunk, zero elsewhere."""
+    row = tl.arange(0, Q)
+    same = (row[None, :] >= first[:, None]) & (row[None, :] <= row[:, None])
+    return tl.exp(tl.where(same, cum[:, None] - cum[None, :], float("-inf")))
+
+
+@triton.jit
+def _from_start(cum, first):
+    """[Q]: the decay from the state that enters the tile, zero after the tile's first start."""
+    return tl.exp(tl.where(first < 0, cum, float("-inf")))
 
 
 @triton.jit
@@ -178,7 +193,6 @@ def tile_outputs(
     B += batch.to(tl.int64) * b_b + group * b_k
     C += batch.to(tl.int64) * c_b + group * c_k
     first = chunk_begin(starts + batch.to(tl.int64) * starts_b, begin, ok, Q)
-    same = (row[None, :] >= first[:, None]) & (row[None, :] <= row[:, None])
     n_exists, w_exists = columns(ok, n, N, NP), columns(ok, w, W, WP)
     write = tl.load(B + token[:, None] * b_t + n[None, :], mask=n_exists, other=0.0)
     read = tl.load(C + token[:, None] * c_t + n[None, :], mask=n_exists, other=0.0)
@@ -187,16 +201,14 @@ def tile_outputs(
         step, cum = _running_sum(dt, A, token, ok, head, dt_t, dt_s)
         at = x + token[:, None] * x_t + head * x_s + w[None, :]
         value = tl.load(at, mask=w_exists, other=0.0)
-        decay = tl.exp(tl.where(same, cum[:, None] - cum[None, :], float("-inf")))
-        mixing = scores * decay * step[None, :]
+        mixing = scores * _decay(cum, first, Q) * step[None, :]
         out = tl.dot(mixing.to(value.dtype), value, input_precision=PRECISION)
         state = tl.load(
             _state_at(entering, batch, tile, tiles, head, S, N, W, n, w),
             mask=(n < N)[:, None] & (w < W)[None, :], other=0.0,
         )  # fmt: skip
-        from_start = tl.exp(tl.where(first < 0, cum, float("-inf")))
         carried = tl.dot(read.to(tl.float32), state, input_precision=PRECISION)
-        out += from_start[:, None] * carried
+        out += _from_start(cum, first)[:, None] * carried
         out += tl.load(D + head).to(tl.float32) * value.to(tl.float32)
         to = ((batch.to(tl.int64) * seq + token) * S + head)[:, None] * W + w[None, :]
         tl.store(y + to, out.to(y.dtype.element_ty), mask=w_exists)
@@ -222,10 +234,9 @@ def tile_state_gradients(
     read = tl.load(C + token[:, None] * c_t + n[None, :], mask=exists, other=0.0)
     for head in range(group * (S // K), (group + 1) * (S // K)):
         _, cum = _running_sum(dt, A, token, ok, head, dt_t, dt_s)
-        from_start = tl.exp(tl.where(first < 0, cum, float("-inf")))
         at = ((batch.to(tl.int64) * seq + token) * S + head)[:, None] * W + w[None, :]
         grad = tl.load(dy + at, mask=columns(ok, w, W, WP), other=0.0)
-        grad = (grad.to(tl.float32) * from_start[:, None]).to(read.dtype)
+        grad = (grad.to(tl.float32) * _from_start(cum, first)[:, None]).to(read.dtype)
         state = tl.dot(tl.trans(read), grad, input_precision=PRECISION)
         out = _state_at(gradients, batch, tile, tiles, head, S, N, W, n, w)
         tl.store(out, state, mask=(n < N)[:, None] & (w < W)[None, :])
@@ -234,12 +245,85 @@ def tile_state_gradients(
 @triton.jit(do_not_specialize=VARYING)
 def tile_gradients(
     x, dt, A, B, C, D, starts, entering, leaving, dy,
-    dx, ddt, dB, dC, dA, dD,
+    dx, ddt, dA, dD,
     seq, tiles, x_b, dt_b, b_b, c_b, starts_b, x_t, x_s, dt_t, dt_s, b_t, b_k, c_t, c_k,
     S: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
     Q: tl.constexpr, NP: tl.constexpr, WP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients like the inputs, contiguous; of A and D each tile's share, float32 [B, n, S]."""
+    """Gradients of x and dt, contiguous; of A and D each tile's share, float32 [B, n, S].
+
+    Grid: tiles x heads x B. What heads of a group share, tile_shared_gradients adds up.
+    """
+    tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    group = head // (S // K)
+    begin = tile * Q
+    row, n, w = tl.arange(0, Q), tl.arange(0, NP), tl.arange(0, WP)
+    ok = begin + row < seq
+    token = begin + row.to(tl.int64)
+    whole = batch.to(tl.int64) * seq + token
+    x += batch.to(tl.int64) * x_b + head * x_s
+    dt += batch.to(tl.int64) * dt_b
+    B += batch.to(tl.int64) * b_b + group * b_k
+    C += batch.to(tl.int64) * c_b + group * c_k
+    n_exists, w_exists = columns(ok, n, N, NP), columns(ok, w, W, WP)
+    state_exists = (n < N)[:, None] & (w < W)[None, :]
+    at = (whole * S + head)[:, None] * W + w[None, :]
+    write = tl.load(B + token[:, None] * b_t + n[None, :], mask=n_exists, other=0.0)
+    read = tl.load(C + token[:, None] * c_t + n[None, :], mask=n_exists, other=0.0)
+    value = tl.load(x + token[:, None] * x_t + w[None, :], mask=w_exists, other=0.0)
+    grad = tl.load(dy + at, mask=w_exists, other=0.0)
+    place = _state_at(entering, batch, tile, tiles, head, S, N, W, n, w)
+    state = tl.load(place, mask=state_exists, other=0.0)
+    place = _state_at(leaving, batch, tile, tiles, head, S, N, W, n, w)
+    dstate = tl.load(place, mask=state_exists, other=0.0)
+    step, cum = _running_sum(dt, A, token, ok, head, dt_t, dt_s)
+    first = chunk_begin(starts + batch.to(tl.int64) * starts_b, begin, ok, Q)
+    last = tl.max(first, 0)
+    total = tl.sum(tl.where(row == Q - 1, cum, 0.0), 0)
+    share = (batch.to(tl.int64) * tiles + tile) * S + head
+
+    # Within the tile.
+    decay = _decay(cum, first, Q)
+    unscaled = tl.dot(read, tl.trans(write), input_precision=PRECISION) * decay
+    mixing = (unscaled * step[None, :]).to(value.dtype)
+    dvalue = tl.dot(tl.trans(mixing), grad, input_precision=PRECISION)
+    pulled = tl.dot(grad, tl.trans(value), input_precision=PRECISION) * unscaled
+    dstep = tl.sum(pulled, 0)
+    dcum = tl.sum(pulled * step[None, :], 1) - dstep * step
+
+    # From the state that enters.
+    wide, wide_grad = value.to(tl.float32), grad.to(tl.float32)
+    carried = tl.dot(read, state.to(read.dtype), input_precision=PRECISION)
+    dcum += tl.sum(carried * wide_grad, 1) * _from_start(cum, first)
+
+    # Into the state that leaves.
+    to_end = tl.exp(tl.where(row >= last, total - cum, float("-inf")))
+    pull = tl.dot(write, dstate.to(write.dtype), input_precision=PRECISION) * to_end[:, None]
+    dvalue += pull * step[:, None]
+    into = tl.sum(pull * wide, 1)
+    dstep += into
+    dcum -= into * step
+    through = tl.where(last < 0, tl.exp(total), 0.0) * tl.sum(tl.sum(state * dstate, 1), 0)
+    dtotal = tl.sum(into * step, 0) + through
+
+    # Of log a_t: every later running sum.
+    dlog = tl.sum(dcum, 0) - tl.cumsum(dcum, 0) + dcum + dtotal
+    rate = tl.load(A + head).to(tl.float32)
+    tl.store(ddt + whole * S + head, dstep + dlog * rate, mask=ok)
+    tl.store(dA + share, tl.sum(dlog * step, 0))
+    dvalue += tl.load(D + head).to(tl.float32) * wide_grad
+    tl.store(dD + share, tl.sum(tl.sum(wide * wide_grad, 1), 0))
+    tl.store(dx + at, dvalue.to(dx.dtype.element_ty), mask=w_exists)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def tile_shared_gradients(
+    x, dt, A, B, C, starts, entering, leaving, dy, dB, dC,
+    seq, tiles, x_b, dt_b, b_b, c_b, starts_b, x_t, x_s, dt_t, dt_s, b_t, b_k, c_t, c_k,
+    S: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+    Q: tl.constexpr, NP: tl.constexpr, WP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of B and C, contiguous: sums over the heads of a group. Grid: tiles x K x B."""
     tile, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tile * Q
     row, n, w = tl.arange(0, Q), tl.arange(0, NP), tl.arange(0, WP)
@@ -252,75 +336,34 @@ def tile_gradients(
     C += batch.to(tl.int64) * c_b + group * c_k
     first = chunk_begin(starts + batch.to(tl.int64) * starts_b, begin, ok, Q)
     last = tl.max(first, 0)
-    same = (row[None, :] >= first[:, None]) & (row[None, :] <= row[:, None])
     n_exists, w_exists = columns(ok, n, N, NP), columns(ok, w, W, WP)
     state_exists = (n < N)[:, None] & (w < W)[None, :]
-    write = tl.load(B + token[:, None] * b_t + n[None, :], mask=n_exists, other=0.0)
-    read = tl.load(C + token[:, None] * c_t + n[None, :], mask=n_exists, other=0.0)
-    scores = tl.dot(read, tl.trans(write), input_precision=PRECISION)
     dscores = tl.zeros([Q, Q], tl.float32)
     dwrite = tl.zeros([Q, NP], tl.float32)
     dread = tl.zeros([Q, NP], tl.float32)
     for head in range(group * (S // K), (group + 1) * (S // K)):
         step, cum = _running_sum(dt, A, token, ok, head, dt_t, dt_s)
-        rate = tl.load(A + head).to(tl.float32)
         total = tl.sum(tl.where(row == Q - 1, cum, 0.0), 0)
-        value = tl.load(
-            x + token[:, None] * x_t + head * x_s + w[None, :], mask=w_exists, other=0.0
-        )
-        at = (whole * S + head)[:, None] * W + w[None, :]
-        grad = tl.load(dy + at, mask=w_exists, other=0.0)
-        wide, wide_grad = value.to(tl.float32), grad.to(tl.float32)
-
-        # Within the tile.
-        decay = tl.exp(tl.where(same, cum[:, None] - cum[None, :], float("-inf")))
-        unscaled = scores * decay
-        mixing = (unscaled * step[None, :]).to(value.dtype)
-        dvalue = tl.dot(tl.trans(mixing), grad, input_precision=PRECISION)
+        at = x + token[:, None] * x_t + head * x_s + w[None, :]
+        value = tl.load(at, mask=w_exists, other=0.0)
+        at = dy + (whole * S + head)[:, None] * W + w[None, :]
+        grad = tl.load(at, mask=w_exists, other=0.0)
+        place = _state_at(entering, batch, tile, tiles, head, S, N, W, n, w)
+        state = tl.load(place, mask=state_exists, other=0.0).to(grad.dtype)
+        place = _state_at(leaving, batch, tile, tiles, head, S, N, W, n, w)
+        dstate = tl.load(place, mask=state_exists, other=0.0).to(grad.dtype)
         dmixing = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
-        dscores += dmixing * decay * step[None, :]
-        pulled = dmixing * unscaled
-        dstep = tl.sum(pulled, 0)
-        dcum = tl.sum(pulled * step[None, :], 1) - dstep * step
-
-        # From the state that enters.
-        state = tl.load(
-            _state_at(entering, batch, tile, tiles, head, S, N, W, n, w),
-            mask=state_exists, other=0.0,
-        )  # fmt: skip
-        from_start = tl.exp(tl.where(first < 0, cum, float("-inf")))
-        towards = tl.dot(wide_grad, tl.trans(state), input_precision=PRECISION)
-        towards *= from_start[:, None]
-        dread += towards
-        dcum += tl.sum(towards * read.to(tl.float32), 1)
-
-        # Into the state that leaves.
-        dstate = tl.load(
-            _state_at(leaving, batch, tile, tiles, head, S, N, W, n, w),
-            mask=state_exists, other=0.0,
-        )  # fmt: skip
-        to_end = tl.exp(tl.where(row >= last, total - cum, float("-inf")))
-        pull = tl.dot(write.to(tl.float32), dstate, input_precision=PRECISION) * to_end[:, None]
-        dvalue += pull * step[:, None]
-        into = tl.sum(pull * wide, 1)
-        dstep += into
-        dcum -= into * step
-        back = tl.dot(wide, tl.trans(dstate), input_precision=PRECISION)
-        dwrite += back * (to_end * step)[:, None]
-        through = tl.where(last < 0, tl.exp(total), 0.0) * tl.sum(tl.sum(state * dstate, 1), 0)
-        dtotal = tl.sum(into * step, 0) + through
-
-        # Of log a_t: every later running sum.
-        dlog = tl.sum(dcum, 0) - tl.cumsum(dcum, 0) + dcum + dtotal
-        tl.store(ddt + whole * S + head, dstep + dlog * rate, mask=ok)
-        share = (batch.to(tl.int64) * tiles + tile) * S + head
-        tl.store(dA + share, tl.sum(dlog * step, 0))
-        dvalue += tl.load(D + head).to(tl.float32) * wide_grad
-        tl.store(dD + share, tl.sum(tl.sum(wide * wide_grad, 1), 0))
-        tl.store(dx + at, dvalue.to(dx.dtype.element_ty), mask=w_exists)
+        dscores += dmixing * (_decay(cum, first, Q) * step[None, :])
+        grad = (grad.to(tl.float32) * _from_start(cum, first)[:, None]).to(grad.dtype)
+        dread = tl.dot(grad, tl.trans(state), dread, input_precision=PRECISION)
+        to_end = tl.exp(tl.where(row >= last, total - cum, float("-inf"))) * step
+        value = (value.to(tl.float32) * to_end[:, None]).to(value.dtype)
+        dwrite = tl.dot(value, tl.trans(dstate), dwrite, input_precision=PRECISION)
+    write = tl.load(B + token[:, None] * b_t + n[None, :], mask=n_exists, other=0.0)
+    read = tl.load(C + token[:, None] * c_t + n[None, :], mask=n_exists, other=0.0)
     low = dscores.to(write.dtype)
-    dread += tl.dot(low, write, input_precision=PRECISION)
-    dwrite += tl.dot(tl.trans(low), read, input_precision=PRECISION)
+    dread = tl.dot(low, write, dread, input_precision=PRECISION)
+    dwrite = tl.dot(tl.trans(low), read, dwrite, input_precision=PRECISION)
     at = (whole * K + group)[:, None] * N + n[None, :]
     tl.store(dB + at, dwrite.to(dB.dtype.element_ty), mask=n_exists)
     tl.store(dC + at, dread.to(dC.dtype.element_ty), mask=n_exists)

@@ -94,10 +94,14 @@ def scan_backward(
     leaving, dinitial = call.state_gradients(dy, dfinal.contiguous())
     dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
     dA, dD = (torch.empty_like(call.decays) for _ in range(2))
-    kernels.tile_gradients[call.grid](
+    shared = (*call.sizes, *call.batch_strides, *call.strides)
+    kernels.tile_gradients[(call.sizes[1], x.shape[2], x.shape[0])](
         call.x, dt, call.A, call.B, call.C, D.contiguous(), call.starts, entering, leaving, dy,
-        dx, ddt, dB, dC, dA, dD,
-        *call.sizes, *call.batch_strides, *call.strides, **call.constants, num_warps=8,
+        dx, ddt, dA, dD, *shared, **call.constants, num_warps=call.warps,
+    )  # fmt: skip
+    kernels.tile_shared_gradients[call.grid](
+        call.x, dt, call.A, call.B, call.C, call.starts, entering, leaving, dy, dB, dC,
+        *shared, **call.constants, num_warps=call.warps,
     )  # fmt: skip
     return dx, ddt, dA.sum((0, 1)).to(A.dtype), dB, dC, dD.sum((0, 1)).to(D.dtype), dinitial
 

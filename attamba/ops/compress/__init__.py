@@ -22,7 +22,7 @@ def compress(
     mask: Tensor | None = None,
     longest: int | None = None,
     backend: str = "auto",
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Two Mamba-2 mixers (arXiv 2405.21060), for K and for V, side by side, without projections.
 
         z, x, B, C, dt = split(proj);   x, B, C = SiLU(causal_conv(x, B, C))
@@ -43,20 +43,23 @@ def compress(
             computed on their own. A promise that is not checked. None where nothing is known.
         backend: see attamba.ops. State and decays are float32 in all of them.
 
-    Returns y [B, T, 2E] in proj's dtype, K's half first. Raises ValueError where shapes disagree.
+    Returns y of K and y of V, each [B, T, E] in proj's dtype. Raises ValueError where shapes
+    disagree.
     """
     starts = starts[None] if starts.dim() == 1 else starts
     _check(proj, conv_weight, A, dt_bias, D, starts, state_dim, mask, longest)
     chosen = choose(backend, proj.device)
     inputs = (proj, conv_weight, A, dt_bias, D, starts, state_dim, eps)
     if chosen == "reference":
-        return compress_reference(*inputs, mask)
+        y_k, y_v = compress_reference(*inputs, mask).chunk(2, -1)
+        return y_k, y_v
     if chosen == "triton" and longest is not None and mask is None and proj.numel() > 0:
         from attamba.ops.compress.triton import compress_triton, fits_a_tile
 
         if fits_a_tile(longest, proj.dtype):
             return compress_triton(*inputs, longest)
-    return compress_torch(*inputs, mask, scan=chosen)
+    y_k, y_v = compress_torch(*inputs, mask, scan=chosen).chunk(2, -1)
+    return y_k, y_v
 
 
 def _check(

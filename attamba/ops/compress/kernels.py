@@ -24,6 +24,15 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _half(kv, of_k, of_v):
+    """One compressor's array."""
+    array = of_k
+    if kv == 1:
+        array = of_v
+    return array
+
+
+@triton.jit
 def _first_start(starts, begin, seq, Q: tl.constexpr):
     """The first start at or after `begin`; row 0 is one, and so is the end of the sequence."""
     token = begin + tl.arange(0, Q)
@@ -95,14 +104,15 @@ def _reach(dt, cum, PTX: tl.constexpr):
 
 @triton.jit(do_not_specialize=["seq", "span", "starts_stride"])
 def compress_forward_kernel(
-    proj, conv_weight, A, dt_bias, D, starts, y, rstd,
+    proj, conv_weight, A, dt_bias, D, starts, y_k, y_v, rstd,
     seq, span, starts_stride, stride, eps,
     E: tl.constexpr, S: tl.constexpr, N: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr,
     Q: tl.constexpr, NP: tl.constexpr, WP: tl.constexpr, PRECISION: tl.constexpr,
     EP: tl.constexpr, SP: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """y [B*T, 2E] and the norm's factors rstd [B*T, 2]. See compress for the inputs."""
+    """y_k and y_v [B*T, E], the norm's factors rstd [B*T, 2]. See compress for the inputs."""
     kv = tl.program_id(0)
+    y = _half(kv, y_k, y_v)
     batch = tl.program_id(2)
     starts += batch.to(tl.int64) * starts_stride
     begin = _first_start(starts, tl.program_id(1) * span, seq, Q)
@@ -140,7 +150,7 @@ def compress_forward_kernel(
         raw = here + (4 * E + 4 * N + kv * S) + (at + heads[None, :])
         _, dts, cums = _steps(raw, A + kv * S, dt_bias + kv * S, ok, heads, S)
         squares = tl.zeros([Q, WP], tl.float32)
-        out = y + token * (2 * E) + kv * E + (row[:, None] * (2 * E) + w[None, :])
+        out = y + token * E + (row[:, None] * E + w[None, :])
         z_at = here + kv * E + (at + w[None, :])
         z_next = tl.load(z_at, mask=exists, other=0.0)
         x_next = tl.load(z_at + 2 * E, mask=exists, other=0.0)
@@ -162,7 +172,7 @@ def compress_forward_kernel(
         factor = 1.0 / tl.sqrt(tl.sum(squares, 1) / E + eps)
         tl.store(rstd + token * 2 + kv + row * 2, factor, mask=ok)
         tl.debug_barrier()  # what the program has written it now reads
-        whole = y + token * (2 * E) + kv * E + (row[:, None] * (2 * E) + e[None, :])
+        whole = y + token * E + (row[:, None] * E + e[None, :])
         exists = columns(ok, e, E, EP)
         normed = tl.load(whole, mask=exists, other=0.0).to(tl.float32) * factor[:, None]
         tl.store(whole, normed.to(DTYPE), mask=exists)
@@ -199,9 +209,9 @@ def _conv_backward(
 
 @triton.jit(do_not_specialize=["seq", "span", "starts_stride"])
 def compress_backward_kernel(
-    proj, conv_weight, A, dt_bias, D, starts, y, rstd, dy,
+    proj, conv_weight, A, dt_bias, D, starts, y_k, y_v, rstd, dy_k, dy_v,
     dproj, dweight, dscalars,
-    seq, span, starts_stride, stride,
+    seq, span, starts_stride, stride, dstride,
     E: tl.constexpr, S: tl.constexpr, N: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr,
     Q: tl.constexpr, NP: tl.constexpr, WP: tl.constexpr, PRECISION: tl.constexpr,
     SP: tl.constexpr, PTX: tl.constexpr,
@@ -209,9 +219,11 @@ def compress_backward_kernel(
     """dproj [B*T, width] and each program's share of the parameters' gradients.
 
     dweight: float32 [programs, TAPS, E + 2N], zeros; columns x | B | C of the program's compressor.
-    dscalars: float32 [programs, 3, S]; A, dt_bias, D.
+    dscalars: float32 [programs, 3, S]; A, dt_bias, D. stride, dstride: from token to token of
+    proj and of dproj.
     """
     kv = tl.program_id(0)
+    y, dy = _half(kv, y_k, y_v), _half(kv, dy_k, dy_v)
     batch = tl.program_id(2)
     program = (batch * tl.num_programs(1) + tl.program_id(1)) * 2 + kv
     PER_TAP: tl.constexpr = E + 2 * N
@@ -236,10 +248,10 @@ def compress_backward_kernel(
         own = _shift(row, first, 0).to(DTYPE)
         same = (row[None, :] >= first[:, None]) & (row[None, :] <= row[:, None])
         token = batch.to(tl.int64) * seq + begin
-        here, dhere = proj + token * stride, dproj + token * stride
-        at = row[:, None] * stride
-        half = row[:, None] * (2 * E) + w[None, :]
-        y_here, dy_here = y + token * (2 * E) + kv * E, dy + token * (2 * E) + kv * E
+        here, dhere = proj + token * stride, dproj + token * dstride
+        at, to = row[:, None] * stride, row[:, None] * dstride
+        half = row[:, None] * E + w[None, :]
+        y_here, dy_here = y + token * E, dy + token * E
 
         w_exists = columns(ok, w, W, WP)
         along = tl.zeros([Q, WP], tl.float32)
@@ -251,6 +263,7 @@ def compress_backward_kernel(
 
         n_exists = columns(ok, n, N, NP)
         b_at = at + (4 * E + kv * N) + n[None, :]
+        b_to = to + (4 * E + kv * N) + n[None, :]
         b_weight = conv_weight + (2 * E + kv * N + n) * TAPS
         c_weight = b_weight + 2 * N * TAPS
         b_in = tl.load(here + b_at, mask=n_exists, other=0.0)
@@ -263,11 +276,12 @@ def compress_backward_kernel(
         scores = tl.where(same, scores, 0.0)
         dscores = tl.zeros([Q, Q], tl.float32)
 
-        steps_at = at + (4 * E + 4 * N + kv * S) + heads[None, :]
-        raw, dts, cums = _steps(here + steps_at, A + kv * S, dt_bias + kv * S, ok, heads, S)
+        steps = (4 * E + 4 * N + kv * S) + heads[None, :]
+        raw, dts, cums = _steps(here + (at + steps), A + kv * S, dt_bias + kv * S, ok, heads, S)
         dsteps = tl.zeros([Q, SP], tl.float32)
         dcums = tl.zeros([Q, SP], tl.float32)
         z_at = at + kv * E + w[None, :]
+        z_to = to + kv * E + w[None, :]
         z_next = tl.load(here + z_at, mask=w_exists, other=0.0)
         x_next = tl.load(here + 2 * E + z_at, mask=w_exists, other=0.0)
         for head in range(S):
@@ -295,7 +309,7 @@ def compress_backward_kernel(
             z_gate = sigmoid(z, PTX)
             z *= z_gate
             dz = grad * scanned * (z_gate + z * (1.0 - z_gate))
-            tl.store(dhere + head * W + z_at, dz.to(DTYPE), mask=w_exists)
+            tl.store(dhere + head * W + z_to, dz.to(DTYPE), mask=w_exists)
 
             grad *= z
             low = grad.to(DTYPE)
@@ -314,7 +328,7 @@ def compress_backward_kernel(
                 dx, x_in, weight, w < W, dweight + head * W + w, row, first,
                 PER_TAP, TAPS, Q, PRECISION,
             )  # fmt: skip
-            tl.store(dhere + 2 * E + head * W + z_at, dx.to(DTYPE), mask=w_exists)
+            tl.store(dhere + 2 * E + head * W + z_to, dx.to(DTYPE), mask=w_exists)
 
         # dsteps is the gradient of log dt_s where dt_s stands alone. dt and the sigmoid vanish
         # together; their ratio does not. log a_t moves all later running sums.
@@ -322,7 +336,7 @@ def compress_backward_kernel(
         ratio = tl.where(dts > 1e-30, slope / tl.maximum(dts, 1e-30), 1.0)
         dlog = tl.sum(dcums, 0)[None, :] - tl.cumsum(dcums, 0) + dcums
         draw = dsteps * ratio + dlog * rate[None, :] * slope
-        tl.store(dhere + steps_at, draw.to(DTYPE), mask=ok[:, None] & (heads < S)[None, :])
+        tl.store(dhere + (to + steps), draw.to(DTYPE), mask=ok[:, None] & (heads < S)[None, :])
         drate += tl.sum(dlog * dts, 0)
         dbias += tl.sum(tl.where(ok[:, None], draw, 0.0), 0)
 
@@ -341,13 +355,13 @@ def compress_backward_kernel(
             dread * (c_gate + read * (1.0 - c_gate)), c_in, c_weight, n < N,
             dweight + E + N + n, row, first, PER_TAP, TAPS, Q, PRECISION,
         )  # fmt: skip
-        tl.store(dhere + b_at + 2 * N, dread.to(DTYPE), mask=n_exists)
+        tl.store(dhere + b_to + 2 * N, dread.to(DTYPE), mask=n_exists)
         dwrite = tl.dot(tl.trans(dscores), read.to(DTYPE), input_precision=PRECISION)
         dwrite = _conv_backward(
             dwrite * (b_gate + write * (1.0 - b_gate)), b_in, b_weight, n < N,
             dweight + E + n, row, first, PER_TAP, TAPS, Q, PRECISION,
         )  # fmt: skip
-        tl.store(dhere + b_at, dwrite.to(DTYPE), mask=n_exists)
+        tl.store(dhere + b_to, dwrite.to(DTYPE), mask=n_exists)
         begin = end
     tl.store(dscalars + heads, drate, mask=heads < S)
     tl.store(dscalars + S + heads, dbias, mask=heads < S)
