@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import shlex
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -126,20 +129,54 @@ def median_ms(times: Sequence[float]) -> float:
     return statistics.median(times) * 1e3
 
 
+def save(path: Path | None, record: dict[str, Any]) -> None:
+    """Write a record of figures, if a file was asked for: after every row, so that none is lost."""
+    if path is not None:
+        from attamba.data.files import write_json  # its package needs numpy
+
+        write_json(path, record)
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Where and how figures were taken: versions, device, threads, date (UTC), command line."""
     import torch
 
+    on_gpu = _gpu_environment(device) if device.type == "cuda" else {}
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "cpu_count": os.cpu_count(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        **on_gpu,
     }
+
+
+def command_line() -> str:
+    """What was typed, but for the file to write: it says nothing about the figures."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    if "--json" in words:
+        at = words.index("--json")
+        del words[at : at + 2]
+    return shlex.join(word for word in words if not word.startswith("--json="))
+
+
+def _gpu_environment(device: torch.device) -> dict[str, Any]:
+    """Version of Triton; clocks (MHz), power (W) and driver, as nvidia-smi tells them."""
+    found: dict[str, Any] = {}
+    if importlib.util.find_spec("triton") is not None:
+        found["triton"] = importlib.metadata.version("triton")
+    fields = ["clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "driver_version"]
+    if shutil.which("nvidia-smi") is not None:
+        command = ["nvidia-smi", f"--id={device.index or 0}", f"--query-gpu={','.join(fields)}"]
+        answer = subprocess.run(
+            [*command, "--format=csv,noheader,nounits"], capture_output=True, text=True
+        )
+        found |= dict(zip(fields, (word.strip() for word in answer.stdout.split(","))))
+    return found
 
 
 def device_name(device: torch.device) -> str:
@@ -178,9 +215,3 @@ class Table:
         """The same as Markdown."""
         cells = [self.headers, ["--:"] * len(self.headers), *self.rows]
         return f"{self.title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in cells)
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write a record of figures, making the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -57,8 +57,9 @@ def run(args: argparse.Namespace) -> int:
     models = _build_models(args, device)
     if device.type == "cuda":
         from attamba.bench import decode_cuda
+        from attamba.bench.kernels import copy_rate
 
-        rate = record["copy_bytes_per_second"] = decode_cuda.copy_rate(device)
+        rate = record["copy_bytes_per_second"] = copy_rate(device)
     for length in lengths:
         print(f"decode: {length} tokens ...", flush=True)
         if device.type == "cuda":
@@ -66,12 +67,12 @@ def run(args: argparse.Namespace) -> int:
         else:
             row = measure(models, length, args.batch_size, args.repeats)
         record["rows"].append(row)
+        common.save(args.json, record)
     if device.type == "cuda" and args.longest:
         record["longest"] = _longest(models, args.batch_size)
     for table in tables(record):
         print(f"\n{table}")
-    if args.json is not None:
-        common.write_json(args.json, record)
+    common.save(args.json, record)
     return 0
 
 

@@ -6,7 +6,6 @@ One model at a time, since a card does not drift as a shared CPU does and long c
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 from attamba.bench import common
 
 if TYPE_CHECKING:
-    import torch
-
     from attamba.models import Decoder
 
 LOOP = 16
@@ -27,8 +24,8 @@ def measure(
 ) -> dict[str, Any]:
     """One row: step time (ms), cache bytes, bandwidth floor and tokens/s of every model.
 
-    rate: bytes per second of a copy on the device, see copy_rate. The floor is the time in which
-    the device copies as many bytes as a step must read: weights and held entries.
+    rate: bytes per second of a copy on the device, see kernels.copy_rate. The floor is the time in
+    which it copies as many bytes as a step must read: weights and held entries.
     """
     import torch
 
@@ -102,16 +99,6 @@ def _timed(step: Callable[[], object], repeats: int) -> dict[str, float]:
     return {"step_ms": common.median_ms(readings), "step_ms_p90": sorted(readings)[-1] * 1e3}
 
 
-def copy_rate(device: torch.device, size: int = 1 << 30) -> float:
-    """Bytes per second of a copy within the device, read and written bytes both counted."""
-    import torch
-
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    times = [common.seconds(lambda: target.copy_(source), device) for _ in range(12)]
-    return 2 * size / statistics.median(times[2:])
-
-
 def longest_context(model: Decoder, batch_size: int, itemsize: int) -> dict[str, Any]:
     """The most tokens whose cache fits in the device's free memory, and a step taken there.
 
@@ -142,6 +129,7 @@ def _step_at(model: Decoder, tokens: int, batch_size: int) -> float | None:
             cache = model.new_cache(batch_size)
             for layer in cache.layers:
                 kv, boundary = layer.kv, layer.boundary
+                assert kv is not None
                 if kv.window is None or boundary is None:
                     kv.reserve(tokens)
                 else:

@@ -60,8 +60,7 @@ def run(args: argparse.Namespace) -> int:
     }
     for table in tables(record):
         print(table)
-    if args.json is not None:
-        common.write_json(args.json, record)
+    common.save(args.json, record)
     return 0
 
 

@@ -6,7 +6,7 @@ card's copy rate below one is traffic that is repeated, or time that is not spen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -57,8 +57,10 @@ def measure(
 
     torch.manual_seed(0)
     leaves = _inputs(device, sizes, batch, seq)
-    gradient = torch.randn(batch, seq, 2 * sizes.inner, device=device, dtype=torch.bfloat16)
-    counted = count_bytes(leaves["proj"], gradient)
+    gradients = [
+        torch.randn(batch, seq, sizes.inner, device=device, dtype=torch.bfloat16) for _ in range(2)
+    ]
+    counted = count_bytes(leaves["proj"], gradients)
     row: dict[str, Any] = {
         "operator": "compress", "scope": scope, "batch": batch, "length": seq, **asdict(sizes),
         "bytes": counted, "ms": {}, "failed": {},
@@ -71,7 +73,7 @@ def measure(
 
         def both(operator=operator):
             used = [t for t in leaves.values() if t.requires_grad]
-            return torch.autograd.grad(operator(**leaves), used, gradient, allow_unused=True)
+            return torch.autograd.grad(operator(**leaves), used, gradients, allow_unused=True)
 
         try:
             row["ms"][name] = {"forward": graph_ms(forward), "both": graph_ms(both)}
@@ -83,11 +85,12 @@ def measure(
     return row
 
 
-def count_bytes(proj: Tensor, y: Tensor) -> dict[str, int]:
+def count_bytes(proj: Tensor, y: Sequence[Tensor]) -> dict[str, int]:
     """Read and written: forward proj and y; backward both, y's gradient, and proj's."""
-    factors = y.numel() // y.shape[-1] * 2 * 4  # of the norm, written and then read
-    forward = proj.nbytes + y.nbytes + factors
-    return {"forward": forward, "both": forward + 2 * proj.nbytes + 2 * y.nbytes + factors}
+    outputs = sum(half.nbytes for half in y)
+    factors = y[0].numel() // y[0].shape[-1] * 2 * 4  # of the norm, written and then read
+    forward = proj.nbytes + outputs + factors
+    return {"forward": forward, "both": forward + 2 * proj.nbytes + 2 * outputs + factors}
 
 
 def _inputs(device: torch.device, sizes: Sizes, batch: int, seq: int) -> dict[str, Tensor]:
@@ -107,7 +110,7 @@ def _inputs(device: torch.device, sizes: Sizes, batch: int, seq: int) -> dict[st
 
 def _contenders(
     device: torch.device, sizes: Sizes, scope: str, batch: int, seq: int
-) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+) -> Iterator[tuple[str, Callable[..., tuple[Tensor, Tensor]]]]:
     import torch
 
     policy = make_boundary(
@@ -118,8 +121,8 @@ def _contenders(
     if scope == "sequence":
         starts, longest = span.positions == 0, None
 
-    def ours(backend: str) -> Callable[..., Tensor]:
-        def operator(**leaves: Any) -> Tensor:
+    def ours(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        def operator(**leaves: Any) -> tuple[Tensor, Tensor]:
             return compress(
                 **leaves,
                 starts=starts,
@@ -138,7 +141,7 @@ def _contenders(
 
 def _library_scan(
     device: torch.device, sizes: Sizes, batch: int, seq: int
-) -> Callable[..., Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """simple_gla is Mamba-2's scan: queries C, keys dt B, values x, log decay A dt per head."""
     import torch
     from fla.ops.simple_gla import chunk_simple_gla
@@ -146,10 +149,11 @@ def _library_scan(
     heads, width = 2 * sizes.heads, sizes.inner // sizes.heads
     rates = -torch.rand(batch, seq, heads, device=device)
 
-    def operator(proj: Tensor, **_: Tensor) -> Tensor:
+    def operator(proj: Tensor, **_: Tensor) -> tuple[Tensor, Tensor]:
         x = proj[..., : 2 * sizes.inner].unflatten(-1, (heads, width)).contiguous()
         keys = proj[..., 2 * sizes.inner :][..., : heads * sizes.state_dim]
         keys = keys.unflatten(-1, (heads, sizes.state_dim)).contiguous()
-        return chunk_simple_gla(keys, keys, x, rates)[0].flatten(2)
+        y_k, y_v = chunk_simple_gla(keys, keys, x, rates)[0].flatten(2).chunk(2, -1)
+        return y_k, y_v
 
     return operator

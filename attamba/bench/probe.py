@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from attamba.bench.common import median_ms, seconds, set_up
 from attamba.config import AttambaMixer, ModelConfig, from_dict
+from attamba.mixers import attends
 from attamba.models import build_model
 from attamba.models.accounting import attention_entries, layer_ends
 from attamba.ops import chunk_attention
@@ -89,6 +90,7 @@ def _attention(
 ) -> Callable[[], object]:
     """Forward and backward of one layer's attention on random queries, keys and values."""
     mixer = config.layer_mixers()[0]
+    assert attends(mixer)
     heads = mixer.n_heads
     width = mixer.head_dim or config.dim // heads
     kv_heads = mixer.n_kv_heads or heads

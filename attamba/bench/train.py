@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"train: {name}, {length} tokens ...", flush=True)
             row[name] = _measure(name, length, args, str(device))
         record["rows"].append(row)
+        common.save(args.json, record)
     record["growth"] = growth(record["rows"])
     return _finish(record, tables, args)
 
@@ -72,8 +73,7 @@ def _finish(
         print(f"\n{table}")
     if "growth" in record:
         print("", *growth_lines(record), sep="\n")
-    if args.json is not None:
-        common.write_json(args.json, record)
+    common.save(args.json, record)
     return 0
 
 

@@ -50,6 +50,7 @@ def run(args: argparse.Namespace, lengths: list[int], device: torch.device) -> d
     for length in lengths:
         print(f"train: {length} tokens a row ...", flush=True)
         record["rows"].append(measure(length, args, device))
+        common.save(args.json, record)
         torch.compiler.reset()
     return record
 

@@ -70,8 +70,7 @@ def run(args: argparse.Namespace) -> int:
     record["best"] = best(record["rows"])
     for line in record["best"]:
         print(line)
-    if args.json is not None:
-        common.write_json(args.json, record)
+    common.save(args.json, record)
     return 0
 
 

@@ -153,3 +153,12 @@ def test_bytes_are_written_for_people() -> None:
         "3.0 MiB",
         "5.00 GiB",
     ]
+
+
+def test_the_recorded_command_is_without_the_file_to_write(monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["/bin/attamba", "bench", "train", "--json", "/a/b", "--dim=8"]
+    )
+    assert common.command_line() == "attamba bench train --dim=8"
+    monkeypatch.setattr(sys, "argv", ["attamba", "bench", "--json=/a/b"])
+    assert common.command_line() == "attamba bench"

@@ -7,7 +7,7 @@ import argparse
 import pytest
 import torch
 
-from attamba.bench import kernels, report, train_gpu, tune
+from attamba.bench import kernels, plot, report, train_gpu, tune
 from attamba.config import ConfigError
 from attamba.models.accounting import attention_entries, n_parameters
 from attamba.ops.chunk_attention.tiles import KERNELS
@@ -76,3 +76,19 @@ def test_reports_of_gpu_results():
     text = report.markdown({**record, "rows": [row]})
     assert "| chunk, 64 x 1,024 | 1.000 / 3.000 ms | 50% | 25% |" in text
     assert "| 1,024 x 8 heads of 64 | 1.000 ms | 1.000 ms | 1.00 | 1.00 | 45% |" in text
+
+
+def test_results_as_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = []
+    for length in (1024, 8192):
+        contenders = ("cyclic", "head_cyclic", "transformer")
+        rows.append({n: {"step_ms": length / 2, "peak_bytes": 2**30} for n in contenders})
+        rows[-1] |= {"length": length, "batch_size": 1}
+    record = {"benchmark": "train_gpu", "settings": {}, "rows": rows}
+    time, memory = plot.panels(record)
+    assert time.curves[0].x == [1024, 8192] and time.curves[0].y == [512.0, 4096.0]
+    assert [c.name for c in memory.curves] == list(train_gpu.CONTENDERS)
+    plot.draw([record], tmp_path / "out.svg")
+    text = (tmp_path / "out.svg").read_text()
+    assert text.startswith("<?xml") and text.count('<g id="axes_') == 2
