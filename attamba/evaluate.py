@@ -21,6 +21,7 @@ from torch import Tensor
 from attamba.data.reader import Document
 from attamba.data.shards import TokenDataset, TokenizedDocument
 from attamba.models import Decoder
+from attamba.models.registry import future_policy
 
 if TYPE_CHECKING:
     from attamba.data.tokenizer import Tokenizer
@@ -172,7 +173,7 @@ def _windows(ids: np.ndarray, context: int, stride: int) -> Iterator[_Window]:
 
 
 def _forward(model: Decoder, windows: list[_Window]) -> tuple[Tensor, Tensor]:
-    """Score windows. Shorter ones are filled up at the right: nothing looks there."""
+    """Score windows. Shorter ones are filled up at the right, where nothing looks."""
     longest = max(len(w.inputs) for w in windows)
     inputs = np.zeros((len(windows), longest), dtype=np.int64)
     targets = np.zeros_like(inputs)
@@ -185,10 +186,23 @@ def _forward(model: Decoder, windows: list[_Window]) -> tuple[Tensor, Tensor]:
         scored[row, length - window.scored : length] = True
         positions[row] = window.begin + np.arange(longest)
     device = model.embed.weight.device
-    hidden = model(torch.from_numpy(inputs).to(device), return_hidden=True)
+    doc_ids = filling(model, [len(w.inputs) for w in windows], longest)
+    hidden = model(torch.from_numpy(inputs).to(device), doc_ids=doc_ids, return_hidden=True)
     keep = torch.from_numpy(scored)
     wanted = torch.from_numpy(targets)[keep].to(device)
     return _nats(model, hidden[keep.to(device)], wanted), torch.from_numpy(positions)[keep]
+
+
+def filling(model: Decoder, lengths: list[int], longest: int) -> Tensor | None:
+    """doc_ids [B, longest] of rows that are filled up at the right, or None where nothing looks.
+
+    Causal models need none. A boundary policy that looks at later tokens must be told that they
+    are another document.
+    """
+    if future_policy(model.config) is None:
+        return None
+    own = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    return own.long().to(model.embed.weight.device)
 
 
 def _through_cache(model: Decoder, ids: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:

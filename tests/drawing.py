@@ -26,6 +26,8 @@ POLICIES: list[Any] = [
     {"type": "budget", "max_chunks": 6},
     "given",
 ]
+UNBOUNDED = ["random", {"type": "budget", "max_chunks": 6}, "given"]
+"""Policies whose chunks may have any length."""
 CHUNKS = [1, 2, 3, 4, 7, 8, 16]
 LEADS = [0, 1, 3, 8, 20, None]
 
@@ -42,10 +44,13 @@ def cases(n: int) -> settings:
 
 
 @st.composite
-def attamba_mixers(draw, scopes=("chunk", "sequence"), policies=POLICIES, leads=LEADS):
+def attamba_mixers(draw, scopes=("chunk", "sequence", "strided"), policies=POLICIES, leads=LEADS):
     boundary = draw(st.sampled_from(policies))
     scope = "sequence" if boundary == "head_cyclic" else draw(st.sampled_from(scopes))
+    if scope == "strided" and boundary in UNBOUNDED:
+        scope = "sequence"
     groups = draw(st.sampled_from([1, 2, 4]))
+    rivals = ["ssm", "mean", "gated"] if scope == "chunk" else []
     return {
         "type": "attamba",
         "n_heads": HEADS,
@@ -54,6 +59,8 @@ def attamba_mixers(draw, scopes=("chunk", "sequence"), policies=POLICIES, leads=
         "leading_tokens": draw(st.sampled_from(leads)),
         "boundary": boundary,
         "ssm_scope": scope,
+        "compressor": draw(st.sampled_from(["ssm", *rivals])),
+        "gate_positions": draw(st.sampled_from([1, 3])),
         "sink": draw(st.booleans()),
         "kv_proj": groups < HEADS or draw(st.booleans()),
         "state_dim": 4,
@@ -73,9 +80,26 @@ def transformer_mixers(draw):
     }
 
 
+RECURRENT: dict[str, dict[str, Any]] = {
+    "mamba2": {"head_dim": 16, "state_dim": 4},
+    "mingru": {"hidden_dim": 24},
+    "minlstm": {},
+    "hawk": {"n_blocks": 2},
+}
+"""Mixers without attention, with options that suit a width of 32."""
+
+
+@st.composite
+def recurrent_mixers(draw):
+    name = draw(st.sampled_from(list(RECURRENT)))
+    return {"type": name, "conv_width": draw(st.sampled_from([1, 4])), **RECURRENT[name]}
+
+
 def mixers():
-    one = st.one_of(attamba_mixers(), attamba_mixers(), transformer_mixers())
-    hybrid = st.tuples(attamba_mixers(), transformer_mixers()).map(list)
+    attention = [attamba_mixers(), attamba_mixers(), transformer_mixers()]
+    one = st.one_of(*attention, recurrent_mixers())
+    second = st.one_of(transformer_mixers(), recurrent_mixers())
+    hybrid = st.tuples(attamba_mixers(), second).map(list)
     return st.one_of(one, one, one, hybrid)
 
 

@@ -175,8 +175,15 @@ def test_override_model_takes_keys_of_the_model_alone():
         ("modle.dim=64", "unknown key 'modle'; did you mean 'model'?"),
         ("mixer.chunksize=8", "unknown key 'model.mixer.chunksize'; did you mean 'chunk_size'?"),
         ("train.zzz=8", "known: steps, accumulate,"),
-        ("mixer.type=atamba", "is not a mixer (there are: attamba, transformer); did you mean"),
-        ("mixer.ssm_scope=chunks", "must be one of: chunk, sequence; did you mean 'chunk'?"),
+        (
+            "mixer.type=atamba",
+            "is not a mixer (there are: attamba, transformer, mamba2, mingru, minlstm, hawk)"
+            "; did you mean 'attamba'?",
+        ),
+        (
+            "mixer.ssm_scope=chunks",
+            "must be one of: chunk, sequence, strided; did you mean 'chunk'?",
+        ),
         ("mixer.boundary={max_chunk: 4}", 'needs a "type"'),
         ("mixer=transformer", 'must be a dictionary with a "type"'),
         ("model.mixer=[]", "mixer=[] is empty"),

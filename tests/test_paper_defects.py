@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from torch import Tensor
 
 import attamba
 from attamba.config import AttambaMixer, ConfigError, TransformerMixer
+from attamba.mixers import MIXERS, HawkMixer, Mamba2Mixer, MinGRUMixer, MinLSTMMixer
 from attamba.models import Decoder
 from attamba.models.accounting import flops
 from attamba.ops import chunk_attention
-from attamba.ops.chunking import BOUNDARIES, Boundary, make_boundary, make_span
+from attamba.ops.chunking import BOUNDARIES, make_span
 
 VOCAB, DIM = 13, 16
 ATTAMBA = {
@@ -161,6 +163,7 @@ FLIPS: dict[type, dict[str, Any]] = {
     },
     AttambaMixer: {
         "type": "transformer",
+        "compressor": "mean",
         "n_heads": 2,
         "n_kv_heads": 2,
         "head_dim": 2,
@@ -174,7 +177,18 @@ FLIPS: dict[type, dict[str, Any]] = {
         "ssm_dim": 12,
         "ssm_heads": 4,
         "conv_width": 2,
+        "gate_positions": 3,
     },
+    Mamba2Mixer: {
+        "type": "mingru",
+        "ssm_dim": 64,
+        "head_dim": 4,
+        "state_dim": 6,
+        "conv_width": 2,
+    },
+    MinGRUMixer: {"type": "minlstm", "hidden_dim": 8, "conv_width": 2},
+    MinLSTMMixer: {"type": "hawk", "hidden_dim": 8, "conv_width": 2},
+    HawkMixer: {"type": "mamba2", "hidden_dim": 16, "n_blocks": 2, "conv_width": 2},
     TransformerMixer: {
         "type": "attamba",
         "n_heads": 2,
@@ -219,7 +233,8 @@ def test_6_every_field_of_the_attamba_mixer_matters(name):
         flip = {"mixer": TRANSFORMER}
         assert _differ(_outcome(), _outcome(**flip))
         return
-    assert _differ(_outcome(), _outcome(mixer={**ATTAMBA, **flip}))
+    base = {**ATTAMBA, "compressor": "gated"} if name == "gate_positions" else ATTAMBA
+    assert _differ(_outcome(mixer=base), _outcome(mixer={**base, **flip}))
     if name in ("n_kv_heads", "head_dim"):  # no longer an error where keys are projected
         base = {**ATTAMBA, "kv_proj": True}
         outcome = _outcome(mixer={**base, **flip})
@@ -232,6 +247,41 @@ def test_6_every_field_of_the_transformer_mixer_matters(name):
     if name == "type":
         flip = ATTAMBA
     assert _differ(_outcome(mixer=TRANSFORMER), _outcome(mixer=flip))
+
+
+@pytest.mark.parametrize(
+    "name, field",
+    [
+        (name, field)
+        for name in ("mamba2", "mingru", "minlstm", "hawk")
+        for field in FLIPS[MIXERS[name]]
+    ],
+)
+def test_6_every_field_of_a_recurrent_mixer_matters(name, field):
+    base = {"type": name, **({"head_dim": 8} if name == "mamba2" else {})}
+    flipped = {"type": FLIPS[MIXERS[name]]["type"]}
+    if field != "type":
+        flipped = {**base, field: FLIPS[MIXERS[name]][field]}
+    assert not isinstance(_outcome(mixer=base), ConfigError)
+    assert _differ(_outcome(mixer=base), _outcome(mixer=flipped))
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [{"type": "mamba2", "head_dim": 8}, {"type": "hawk"}, {**ATTAMBA, "compressor": "mean"}],
+)
+def test_6_the_backend_of_a_scan_is_the_one_that_is_asked_for(mixer, monkeypatch):
+    asked = []
+    for module in ("chunk_scan", "linear_scan"):
+        module = import_module(f"attamba.ops.{module}")
+
+        def choose(backend, device, real=module.choose):
+            asked.append(backend)
+            return real(backend, device)
+
+        monkeypatch.setattr(module, "choose", choose)
+    _model({**mixer, "backend": "reference"}, n_layers=1)(torch.zeros(1, 5, dtype=torch.long))
+    assert set(asked) == {"reference"}
 
 
 @pytest.mark.parametrize("mixer", [ATTAMBA, TRANSFORMER], ids=["attamba", "transformer"])
@@ -277,7 +327,18 @@ def test_6_every_option_of_a_boundary_is_tried():
     }
 
 
-@pytest.mark.parametrize("mixer", [ATTAMBA, TRANSFORMER, {**TRANSFORMER, "window": 9}])
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        ATTAMBA,
+        TRANSFORMER,
+        {**TRANSFORMER, "window": 9},
+        {**ATTAMBA, "compressor": "mean"},
+        {**ATTAMBA, "compressor": "gated"},
+        {"type": "mamba2", "head_dim": 8},
+        *({"type": name} for name in ("mingru", "minlstm", "hawk")),
+    ],
+)
 def test_6_document_masks_are_not_ignored(mixer):
     model, ids = _model(mixer), torch.randint(VOCAB, (1, 40))
     doc_ids = torch.arange(40)[None] // 25
@@ -320,49 +381,43 @@ def test_8_flops_count_chunks():
     assert 1.9 < ours / halved < 2.1
 
 
-@pytest.fixture
-def first_attention():
-    """As there: the last key's scores choose the boundaries of all."""
+def _keeps_its_prefix(policy: Any) -> bool:
+    """Are the second layer's ends, in a model, those of the shorter text?"""
+    model, tokens = (
+        _model({**ATTAMBA, "boundary": policy, "chunk_size": 4}),
+        torch.randint(VOCAB, (1, 64)),
+    )
+    found = []
+    boundary = model.layers[1].mixer.boundary
+    real = boundary.rule
 
-    class FirstAttention(Boundary):
-        name = "first_attention"
-        causal = False
-        needs_tokens = True
+    def rule(*args):
+        ends, carry = real(*args)
+        found.append(ends)
+        return ends, carry
 
-        def rule(self, span, carry, given):
-            score = (span.tokens - span.tokens[:, -1:]).abs()
-            ends = torch.zeros_like(score, dtype=torch.bool)
-            ends.scatter_(1, score.topk(score.shape[1] // self.chunk_size, 1).indices, True)
-            return ends[:, None], None
-
-    yield FirstAttention
-    del BOUNDARIES["first_attention"]
-
-
-def _keeps_its_prefix(policy: Boundary) -> bool:
-    tokens = torch.randint(VOCAB, (1, 64))
-
-    def ends(seq: int) -> Tensor:
-        return policy(make_span(seq, tokens.device, tokens=tokens[:, :seq]))[0]
-
-    return all(torch.equal(ends(seq), ends(64)[..., :seq]) for seq in range(1, 64))
+    boundary.rule = rule
+    for seq in range(1, 65):
+        model(tokens[:, :seq])
+    return all(torch.equal(ends, found[-1][..., : ends.shape[2]]) for ends in found)
 
 
-def test_9_what_sees_the_future_says_so_and_does_not_decode(first_attention):
+def test_9_what_sees_the_future_says_so_and_does_not_decode():
     options = {"separator": {"tokens": [1]}}
     for name, cls in BOUNDARIES.items():
-        if name == "given":  # what the caller gives is the caller's own
+        if name in ("given", "head_cyclic"):  # the caller's own; another scope
             continue
-        policy = make_boundary(
-            {"type": name, **options.get(name, {})},
-            chunk_size=4,
-            layer_idx=1,
-            n_layers=3,
-            n_kv_heads=2,
-            sink=True,
-        )
-        assert cls.causal == _keeps_its_prefix(policy), name
-    model = _model({**ATTAMBA, "boundary": "first_attention"})
-    assert model(torch.randint(VOCAB, (2, 30))).isfinite().all()
-    with pytest.raises(ValueError, match="'first_attention' chooses chunk ends from later tokens"):
+        assert cls.causal == _keeps_its_prefix({"type": name, **options.get(name, {})}), name
+    assert not all(cls.causal for cls in BOUNDARIES.values())
+
+
+@pytest.mark.parametrize("name", ["first_attention", "first_ssm"])
+def test_9_such_a_model_runs_and_decoding_refuses_it(name):
+    model, ids = _model({**ATTAMBA, "boundary": name}), torch.randint(VOCAB, (2, 30))
+    assert model(ids).isfinite().all()
+    text = f"'{name}' chooses chunk ends from later tokens.*mixer.boundary=cyclic"
+    with pytest.raises(ValueError, match=text):
         model.new_cache()
+    for use_cache in (True, False):
+        with pytest.raises(ValueError, match=text):
+            attamba.generate(model, ids, max_new_tokens=2, use_cache=use_cache)

@@ -1,8 +1,8 @@
 """What a model costs, by formula: parameters, FLOPs, attention-map entries, cache bytes.
 
-All from the config alone; tests compare each with the model itself. Symbols as in
-ARCHITECTURE: d width, T sequence, V vocabulary, H query heads, G key/value heads, D width of a
-head, E and N inner width and state of a compressor, S its heads, L leading tokens.
+All from the config alone; tests compare each with the model itself. Symbols: d width, T sequence,
+V vocabulary, H query heads, G key/value heads, D width of a head, E and N inner width and state of
+a compressor, S its heads, L leading tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attamba.config import AttambaMixer, Mixer, ModelConfig, TransformerMixer
+from attamba.config import AttambaMixer, ModelConfig, TransformerMixer
+from attamba.mixers import attends
+from attamba.models.mixer_costs import head_dim, mixer_costs
 from attamba.ops.chunking import make_boundary, make_span
 
 
@@ -26,7 +28,7 @@ class Flops:
     attention: float
     """q k^T and weights v over the visible entries alone."""
     scan: float
-    """The compressors' convolution and recurrence."""
+    """Convolution and recurrence, of compressors or of a mixer without attention."""
 
     @property
     def total(self) -> float:
@@ -35,9 +37,9 @@ class Flops:
 
 def n_parameters(config: ModelConfig) -> int:
     """Trainable parameters; a tied head counts once."""
-    d, layers = config.dim, config.layer_mixers()
-    weights = sum(_mixer_matrices(m, d) + _ffn_matrices(config) for m in layers)
-    vectors = sum(2 * d + _mixer_vectors(m, d) for m in layers)
+    d, costs = config.dim, [mixer_costs(m, config.dim) for m in config.layer_mixers()]
+    weights = sum(c.matrices + _ffn_matrices(config) for c in costs)
+    vectors = sum(2 * d + c.vectors for c in costs)
     embeddings = config.vocab_size * d * (1 if config.tie_embeddings else 2)
     return weights + vectors + embeddings + d
 
@@ -50,18 +52,14 @@ def flops_per_token(config: ModelConfig, seq_len: int, training: bool = True) ->
 def flops(config: ModelConfig, seq_len: int) -> Flops:
     """Forward FLOPs per token, averaged over a sequence of T tokens, by part."""
     d, layers = config.dim, config.layer_mixers()
-    matrices = sum(_mixer_matrices(m, d) + _ffn_matrices(config) for m in layers)
+    costs = [mixer_costs(m, d) for m in layers]
+    matrices = sum(c.matrices + _ffn_matrices(config) for c in costs)
     attention = sum(
-        4 * _head_dim(m, d) * m.n_heads * seen / seq_len
+        4 * head_dim(m, d) * m.n_heads * seen / seq_len
         for m, seen in zip(layers, _entries_per_head(config, seq_len))
+        if attends(m)
     )
-    scan = 0.0
-    for mixer in layers:
-        if isinstance(mixer, AttambaMixer):
-            E, N = _ssm_dim(mixer, d), mixer.state_dim
-            conv = 2 * mixer.conv_width * (E + 2 * N)
-            # decay h, add dt B x^T, read C h; skip
-            scan += 2 * (conv + 3 * E * N + 2 * E * N + 2 * E)
+    scan = float(sum(c.scan for c in costs))
     return Flops(2.0 * (matrices + config.vocab_size * d), attention, scan)
 
 
@@ -73,7 +71,7 @@ def attention_entries(
     tokens: int64 [1, T], for boundary "separator". ends: bool [n, g, T], for "given".
     """
     per_head = _entries_per_head(config, seq_len, tokens, ends)
-    return sum(round(m.n_heads * e) for m, e in zip(config.layer_mixers(), per_head))
+    return sum(round(m.n_heads * e) for m, e in zip(config.layer_mixers(), per_head) if attends(m))
 
 
 def cache_bytes(
@@ -90,17 +88,17 @@ def cache_bytes(
     """
     total = 0
     for i, mixer in enumerate(config.layer_mixers()):
+        total += mixer_costs(mixer, config.dim).state_bytes(itemsize)
+        if not attends(mixer):
+            continue
         groups = mixer.n_kv_heads or mixer.n_heads
         window = _window(mixer)
         ring = seq_len if window is None else min(seq_len, window)
         entries = float(groups * ring)
-        if isinstance(mixer, AttambaMixer):
-            if window is not None and seq_len > window:
-                past = layer_ends(config, i, seq_len, tokens, ends)[:, : seq_len - window]
-                entries += groups * past.sum().item() / past.shape[0]
-            E, N = _ssm_dim(mixer, config.dim), mixer.state_dim
-            total += 2 * (E * N * 4 + (mixer.conv_width - 1) * (E + 2 * N) * itemsize)
-        total += 2 * _head_dim(mixer, config.dim) * itemsize * round(entries)
+        if isinstance(mixer, AttambaMixer) and window is not None and seq_len > window:
+            past = layer_ends(config, i, seq_len, tokens, ends)[:, : seq_len - window]
+            entries += groups * past.sum().item() / past.shape[0]
+        total += 2 * head_dim(mixer, config.dim) * itemsize * round(entries)
     return total * batch_size
 
 
@@ -134,8 +132,11 @@ def layer_ends(
 def _entries_per_head(
     config: ModelConfig, seq_len: int, tokens: Tensor | None = None, ends: Tensor | None = None
 ) -> Iterator[float]:
-    """Visible pairs of one sequence, a head's mean, for each layer."""
+    """Visible pairs of one sequence, a head's mean, for each layer; none without attention."""
     for i, mixer in enumerate(config.layer_mixers()):
+        if not attends(mixer):
+            yield 0.0
+            continue
         window = _window(mixer)
         full = seq_len if window is None else min(window, seq_len)
         seen = full * (full + 1) / 2 + (seq_len - full) * full
@@ -147,40 +148,11 @@ def _entries_per_head(
         yield seen
 
 
-def _mixer_matrices(mixer: Mixer, d: int) -> int:
-    """Entries of the weight matrices that each token is multiplied with."""
-    q_width = mixer.n_heads * _head_dim(mixer, d)
-    kv_width = (mixer.n_kv_heads or mixer.n_heads) * _head_dim(mixer, d)
-    count = 2 * d * q_width
-    if isinstance(mixer, TransformerMixer) or mixer.kv_proj:
-        count += 2 * d * kv_width
-    if isinstance(mixer, AttambaMixer):
-        E, N = _ssm_dim(mixer, d), mixer.state_dim
-        count += 2 * (d * (2 * E + 2 * N + mixer.ssm_heads) + E * kv_width)
-    return count
-
-
-def _mixer_vectors(mixer: Mixer, d: int) -> int:
-    """Entries of convolutions, rates, skips, biases and gains."""
-    if not isinstance(mixer, AttambaMixer):
-        return 0
-    E, N = _ssm_dim(mixer, d), mixer.state_dim
-    return 2 * ((E + 2 * N) * mixer.conv_width + 3 * mixer.ssm_heads + E)
-
-
 def _ffn_matrices(config: ModelConfig) -> int:
     return 3 * config.dim * (config.ffn_dim or 3 * config.dim)
 
 
-def _head_dim(mixer: Mixer, d: int) -> int:
-    return mixer.head_dim or d // mixer.n_heads
-
-
-def _ssm_dim(mixer: AttambaMixer, d: int) -> int:
-    return mixer.ssm_dim or d // 2
-
-
-def _window(mixer: Mixer) -> int | None:
+def _window(mixer: AttambaMixer | TransformerMixer) -> int | None:
     """Keys that a query sees one by one, itself included; None for all."""
     if isinstance(mixer, TransformerMixer):
         return mixer.window

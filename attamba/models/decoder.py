@@ -36,7 +36,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """See build_model."""
+    """A language model: embedding, layers, norm, head. Made by build_model."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

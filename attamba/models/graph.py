@@ -18,7 +18,7 @@ class CapturedStep:
     a prompt, reorder or reset). Rows that are frozen by a mask have a graph of their own.
 
     The weights must stay as they are: some are copied, projections that become one product.
-    Needs a model on CUDA all of whose mixers step in kernels, see `can_capture`.
+    Needs a model on CUDA all of whose mixers step without the host, see `can_capture`.
     """
 
     def __init__(self, model: Decoder, cache: DecodeCache) -> None:
@@ -69,8 +69,8 @@ class CapturedStep:
 
 
 def can_capture(cache: DecodeCache) -> bool:
-    """Can steps of one token on this cache be captured: on CUDA, every layer in kernels?"""
+    """Can steps of one token on this cache be captured: on CUDA, every layer without the host?"""
     return cache.lengths.is_cuda and all(
-        layer.kv.by_kernel and (layer.boundary is None or layer.boundary.name != "given")
+        layer.by_kernel and (layer.boundary is None or layer.boundary.name != "given")
         for layer in cache.layers
     )

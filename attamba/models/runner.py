@@ -10,6 +10,8 @@ from torch import Tensor
 
 from attamba.models.decoder import Decoder
 from attamba.models.graph import CapturedStep, can_capture
+from attamba.models.registry import future_policy
+from attamba.ops.chunking import cannot_decode
 
 
 class Runner:
@@ -24,6 +26,9 @@ class Runner:
         use_cache: bool,
         prefill_chunk: int | None,
     ) -> None:
+        policy = future_policy(model.config)
+        if policy is not None:  # without a cache too: each token would move the chunks before it
+            raise ValueError(cannot_decode(policy))
         self.model, self.ids, self.mask = model, rows, mask
         self.ends = None if ends is None else ends.to(rows.device)
         self.rows = rows.shape[0]

@@ -3,23 +3,35 @@
     q = Wq u,   k = r_k(u) + SSM_k(u),   v = r_v(u) + SSM_v(u)
     y = softmax(RoPE(q) RoPE(k)^T / sqrt(D) + M) v
 
+Rivals in the place of SSM, see pooling: gated pooling; the mean, k = r_k(mean(u)) and v likewise.
+
 Shapes: B batch, T tokens, d model width, H query heads, G key/value heads, D width of a head.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from attamba.config import AttambaMixer
-from attamba.modules.cache import LayerCache
+from attamba.modules.cache import LayerCache, ScanState, State
 from attamba.modules.compressor import Compressors
 from attamba.modules.kv_cache import KVCache, attend_token
-from attamba.modules.layers import Rotary, linear, rotate
+from attamba.modules.layers import Rotary, linear, product, rotate
 from attamba.modules.mixer import TimeMixer
+from attamba.modules.pooling import GatedPooling, MeanPooling
+from attamba.modules.strided import StridedCompressors
 from attamba.ops import chunk_attention
-from attamba.ops.chunking import Span, chunk_starts, make_boundary, normalize_ends
+from attamba.ops.chunking import (
+    FIRST_SCORES,
+    Span,
+    cannot_decode,
+    chunk_starts,
+    make_boundary,
+    normalize_ends,
+    row_starts,
+)
+from attamba.ops.first_scores import last_key_scores
 
 
 class ChunkAttention(TimeMixer):
@@ -39,7 +51,7 @@ class ChunkAttention(TimeMixer):
         self.n_kv_heads = config.n_kv_heads or config.n_heads
         self.head_dim = config.head_dim or dim // config.n_heads
         self.lead, self.backend = config.leading_tokens, config.backend
-        self.resets = config.ssm_scope == "chunk"
+        self.scope, self.resets = config.ssm_scope, config.ssm_scope != "sequence"
         self.boundary = make_boundary(
             config.boundary,
             chunk_size=config.chunk_size,
@@ -51,16 +63,13 @@ class ChunkAttention(TimeMixer):
         kv_width = self.n_kv_heads * self.head_dim
         self.wq = linear(dim, self.n_heads * self.head_dim)
         self.wkv = linear(dim, 2 * kv_width) if config.kv_proj else None
-        self.compressors = Compressors(
-            dim,
-            kv_width,
-            config.ssm_dim or dim // 2,
-            config.state_dim,
-            config.ssm_heads,
-            config.conv_width,
-            norm_eps,
-            config.backend,
-        )
+        self.compressors = _compressors(config, dim, kv_width, norm_eps)
+        self.has_step = type(self.compressors) is Compressors
+        if self.scope == "strided" and self.boundary.longest is None:
+            raise ValueError(
+                f"ssm_scope='strided' has a state for each place in a chunk, but chunks of "
+                f"boundary={self.boundary.name!r} may have any length; use mixer.boundary=cyclic"
+            )
         self.wo = linear(self.n_heads * self.head_dim, dim)
         self.rotary = Rotary(self.head_dim, rope_theta)
 
@@ -76,40 +85,57 @@ class ChunkAttention(TimeMixer):
             cache.keep(carry)
             return self.wo(y)
         q, k, v = self.project(x, ends, span, cache)
+        if self.boundary.by_scores and self.boundary.layer_idx == 0:
+            span.memo[FIRST_SCORES] = last_key_scores(q, k, row_starts(span, x.shape[0]))
         if cache is None:
             y = chunk_attention(q, k, v, ends, self.lead, span.doc_ids, backend=self.backend)
         else:
+            assert cache.kv is not None
             cache.keep(carry)
             y = cache.kv.attend(q, k, v, ends, span, self.lead)
         return self.wo(y.flatten(2))
 
     def _step(self, x: Tensor, ends: Tensor, span: Span, cache: LayerCache) -> Tensor:
         """One token after those in the cache, [B, 1, d] -> [B, 1, H * D]."""
-        assert cache.state is not None
-        starts = None  # a state of whole sequences starts from its zeros
-        if self.resets:
-            self._check_shared(ends)
-            starts = cache.kv.last_end
-        q, for_state, kv = self._projected(x, cache.stacked)
-        more = self.compressors.step(for_state[:, 0], starts, span, cache.state)
-        k, v = (x, x) if kv is None else kv.chunk(2, -1)
+        assert cache.kv is not None
+        added = None
+        if self.has_step:
+            assert isinstance(self.compressors, Compressors)
+            assert isinstance(cache.state, ScanState)
+            starts = None  # a state of whole sequences starts from its zeros
+            if self.resets:
+                self._check_shared(ends)
+                starts = cache.kv.last_end
+            q, for_state, kv = self._projected(x, self.compressors.in_proj, cache.stacked)
+            more = self.compressors.step(for_state[:, 0], starts, span, cache.state)
+            added = self._heads(more[0], more[1])
+            k, v = (x, x) if kv is None else kv.chunk(2, -1)
+        else:
+            q, (k, v) = self.wq(x), self._keys_and_values(x, ends, span, cache)
         q = q.unflatten(-1, (self.n_heads, self.head_dim))
-        shape = (self.n_kv_heads, self.head_dim)
-        k, v = k.to(q.dtype).unflatten(-1, shape), v.to(q.dtype).unflatten(-1, shape)
-        added = (more[0].unflatten(-1, shape), more[1].unflatten(-1, shape))
+        k, v = self._heads(k.to(q.dtype), v.to(q.dtype))
         return attend_token(q, k, v, ends, self.rotary(span), span, cache.kv, added)
 
-    def _projected(self, x: Tensor, stacked: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _heads(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., G * D] -> [..., G, D]."""
+        shape = (self.n_kv_heads, self.head_dim)
+        return k.unflatten(-1, shape), v.unflatten(-1, shape)
+
+    def _projected(
+        self, x: Tensor, in_proj: nn.Linear, stacked: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Wq x, the compressors' input projection of x, and Wkv x where there is one."""
         if stacked is None:
-            kv = None if self.wkv is None else self.wkv(x)
-            return self.wq(x), self.compressors.in_proj(x), kv
-        widths = [self.wq.out_features, self.compressors.in_proj.out_features]
-        y = F.linear(x, stacked)
+            return self.wq(x), in_proj(x), None if self.wkv is None else self.wkv(x)
+        widths = [self.wq.out_features, in_proj.out_features]
+        y = product(x, stacked)
         q, for_state, kv = y.split([*widths, y.shape[-1] - sum(widths)], -1)
         return q, for_state, None if self.wkv is None else kv
 
-    def stacked_projections(self) -> Tensor:
+    def stacked_projections(self) -> Tensor | None:
+        if not self.has_step:
+            return None
+        assert isinstance(self.compressors, Compressors)
         weights = [self.wq.weight, self.compressors.in_proj.weight]
         return torch.cat(weights if self.wkv is None else [*weights, self.wkv.weight]).detach()
 
@@ -118,41 +144,76 @@ class ChunkAttention(TimeMixer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, H, D], keys and values [B, T, G, D], positions applied."""
         q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
-        state = None if cache is None else cache.state
-        longest = self.boundary.longest if self.resets else None
-        k, v = self.compressors(x, self._starts(ends, span, cache), span, state, longest)
-        if self.wkv is None:
-            k, v = x + k, x + v
-        else:
-            k_direct, v_direct = self.wkv(x).chunk(2, -1)
-            k, v = k_direct + k, v_direct + v
-        k, v = (t.to(q.dtype).unflatten(-1, (self.n_kv_heads, self.head_dim)) for t in (k, v))
+        k, v = self._keys_and_values(x, ends, span, cache)
+        k, v = self._heads(k.to(q.dtype), v.to(q.dtype))
         rotary = self.rotary(span)
         return rotate(q, rotary), rotate(k, rotary), v
+
+    def _keys_and_values(
+        self, x: Tensor, ends: Tensor, span: Span, cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Before positions, [B, T, G * D]."""
+        state = None if cache is None else cache.state
+        starts = self._starts(ends, span, cache)
+        if isinstance(self.compressors, MeanPooling):
+            return self._direct(self.compressors(x, starts, span, state))
+        longest = self.boundary.longest if self.resets else None
+        k, v = self.compressors(x, starts, span, state, longest)
+        k_direct, v_direct = self._direct(x)
+        return k_direct + k, v_direct + v
+
+    def _direct(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """r_k(u) and r_v(u), the path around the compressors."""
+        if self.wkv is None:
+            return u, u
+        k, v = self.wkv(u).chunk(2, -1)
+        return k, v
 
     def _starts(self, ends: Tensor, span: Span, cache: LayerCache | None) -> Tensor:
         """Where the compressors' state starts afresh, bool [B or 1, T]."""
         if not self.resets:
             return span.positions == 0
         self._check_shared(ends)
-        return chunk_starts(ends, span, None if cache is None else cache.kv.last_end)
+        held = None if cache is None else cache.kv
+        return chunk_starts(ends, span, None if held is None else held.last_end)
 
     def _check_shared(self, ends: Tensor) -> None:
         if ends.shape[1] != 1:
             raise ValueError(
-                f"ends differ between heads (shape {list(ends.shape)}), but ssm_scope='chunk' "
-                f"resets one state for all heads; set mixer.ssm_scope=sequence"
+                f"ends differ between heads (shape {list(ends.shape)}), but the one state of "
+                f"ssm_scope={self.scope!r} follows the ends; set mixer.ssm_scope=sequence"
             )
 
     def new_cache(self, batch: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
         if not self.boundary.causal:
-            raise ValueError(
-                f"boundary={self.boundary.name!r} chooses chunk ends from later tokens, so it "
-                f"cannot decode; load the model with a causal policy, e.g. mixer.boundary=cyclic"
-            )
+            raise ValueError(cannot_decode(self.boundary.name))
         window = None if self.lead is None else self.lead + 1
         per_head = self.boundary.per_head and not self.resets
         kv = KVCache(
             batch, self.n_kv_heads, self.head_dim, window, per_head, dtype, device, self.backend
         )
-        return LayerCache(kv, self.compressors.new_state(batch, dtype, device), self.boundary)
+        state: State = self.compressors.new_state(batch, dtype, device)
+        if isinstance(self.compressors, StridedCompressors):
+            assert self.boundary.longest is not None
+            state = self.compressors.new_places(batch, self.boundary.longest, device)
+        return LayerCache(kv, state, self.boundary)
+
+
+def _compressors(
+    config: AttambaMixer, dim: int, kv_width: int, norm_eps: float
+) -> Compressors | GatedPooling | MeanPooling:
+    if config.compressor == "mean":
+        return MeanPooling(dim, config.backend)
+    if config.compressor == "gated":
+        return GatedPooling(dim, kv_width, config.gate_positions, norm_eps, config.backend)
+    compressors = StridedCompressors if config.ssm_scope == "strided" else Compressors
+    return compressors(
+        dim,
+        kv_width,
+        config.ssm_dim or dim // 2,
+        config.state_dim,
+        config.ssm_heads,
+        config.conv_width,
+        norm_eps,
+        config.backend,
+    )

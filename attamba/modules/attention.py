@@ -43,13 +43,14 @@ class Attention(TimeMixer):
         q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
         k, v = self.wkv(x).unflatten(-1, (2, self.n_kv_heads, self.head_dim)).unbind(2)
         rotary = self.rotary(span)
-        if cache is not None and x.shape[1] == 1:
-            return self.wo(attend_token(q, k, v, None, rotary, span, cache.kv))
+        kv = None if cache is None else cache.kv
+        if kv is not None and x.shape[1] == 1:
+            return self.wo(attend_token(q, k, v, None, rotary, span, kv))
         q, k = rotate(q, rotary), rotate(k, rotary)
-        if cache is None:
+        if kv is None:
             y = chunk_attention(q, k, v, None, self.lead, span.doc_ids, backend=self.backend)
         else:
-            y = cache.kv.attend(q, k, v, None, span, self.lead)
+            y = kv.attend(q, k, v, None, span, self.lead)
         return self.wo(y.flatten(2))
 
     def new_cache(self, batch: int, dtype: torch.dtype, device: torch.device) -> LayerCache:

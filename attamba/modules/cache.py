@@ -6,7 +6,9 @@ Per layer:
     past     keys and values of chunk ends older than the window
     state    the compressors' h and their last convolution inputs
 
-Ring and past: see kv_cache. Shapes: B batch, T tokens of a call.
+Ring and past: see kv_cache. A recurrent mixer has a state alone.
+
+Shapes: B batch, T tokens of a call.
 """
 
 from __future__ import annotations
@@ -25,32 +27,57 @@ SLACK = 64
 """Steps that a cache has room for after it has asked the device how full it is."""
 
 
-class CompressorState:
-    """State of the K and the V compressor of one layer.
+class State:
+    """What a recurrence keeps of its past: attributes that are tensors with a row first, [B, ...].
 
-    h: float32 [B, 2S, N, E/S].
-    conv: [B, width-1, 2(E+2N)], the last inputs of the convolution, zero where they belong to an
+    All are zero before the first token.
+    """
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(vars(self))
+
+    def update(self, **tensors: Tensor) -> None:
+        """Take new values; on a GPU in their place, where a captured step looks."""
+        for name, new in tensors.items():
+            old = getattr(self, name)
+            if old.is_cuda and not torch.is_grad_enabled():
+                old.copy_(new)
+            else:  # not a view that keeps more alive
+                setattr(self, name, new.detach().to(old.dtype, copy=True))
+
+
+class ScanState(State):
+    """State of a scan behind a convolution.
+
+    h: float32, [B, 2S, N, E/S] of the K and the V compressor, [B, S, N, E/S] of Mamba-2, [B, C] of
+        a linear recurrence.
+    conv: [B, width-1, channels], the last inputs of the convolution, zero where they belong to an
         earlier chunk.
     """
 
     def __init__(self, h: Tensor, conv: Tensor) -> None:
         self.h, self.conv = h, conv
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"h": self.h, "conv": self.conv}
-
 
 @dataclass
 class LayerCache:
-    """What one layer keeps between calls."""
+    """What one layer keeps between calls: keys and values, a state, or both."""
 
-    kv: KVCache
-    state: CompressorState | None = None
+    kv: KVCache | None = None
+    state: State | None = None
     boundary: Boundary | None = None
     carry: Tensor | None = None
     """What the boundary policy must remember, int64 [B]."""
     stacked: Tensor | None = None
     """Weights of the mixer's projections in one matrix, where whoever takes many steps made it."""
+
+    @property
+    def by_kernel(self) -> bool:
+        """Does a step of one token run on the device alone, so that it can be captured?"""
+        if self.kv is not None:
+            return self.kv.by_kernel
+        assert self.state is not None
+        return all(tensor.is_cuda for tensor in self.state.tensors().values())
 
     def keep(self, carry: Tensor | None) -> None:
         """What the boundary policy returned; on a GPU in its place, where a captured step looks."""
@@ -61,7 +88,8 @@ class LayerCache:
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that takes memory."""
-        yield from self.kv.blocks.tensors()
+        if self.kv is not None:
+            yield from self.kv.blocks.tensors()
         for part in (self.kv, self.state):
             if part is not None:
                 yield from part.tensors().values()
@@ -70,7 +98,8 @@ class LayerCache:
 
     def reset(self) -> None:
         """Forget everything. The memory of keys and values is given back."""
-        self.kv.reset()
+        if self.kv is not None:
+            self.kv.reset()
         if self.state is not None:
             for tensor in self.state.tensors().values():
                 tensor.zero_()
@@ -78,7 +107,8 @@ class LayerCache:
 
     def select(self, index: Tensor) -> None:
         """Row i becomes a copy of row index[i]."""
-        self.kv.select(index)
+        if self.kv is not None:
+            self.kv.select(index)
         if self.state is not None:
             for name, tensor in self.state.tensors().items():
                 setattr(self.state, name, tensor.index_select(0, index))
@@ -102,8 +132,8 @@ class DecodeCache:
 
     @property
     def by_kernel(self) -> bool:
-        """Does every layer step in kernels?"""
-        return all(layer.kv.by_kernel for layer in self.layers)
+        """Does every layer step on the device alone?"""
+        return all(layer.by_kernel for layer in self.layers)
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that takes memory."""
@@ -121,7 +151,7 @@ class DecodeCache:
             return
         if self._room_is_made:
             return
-        layers = [layer.kv for layer in self.layers if layer.kv.by_kernel]
+        layers = [layer.kv for layer in self.layers if layer.kv is not None and layer.by_kernel]
         if not layers:
             return
         if self._steps_with_room == 0:
@@ -145,8 +175,9 @@ class DecodeCache:
         """What a captured step reaches by address: all but the blocks of keys and values."""
         yield self.lengths
         for layer in self.layers:
-            yield layer.kv.blocks.page_table()
-            yield from layer.kv.tensors().values()
+            if layer.kv is not None:
+                yield layer.kv.blocks.page_table()
+                yield from layer.kv.tensors().values()
             if layer.state is not None:
                 yield from layer.state.tensors().values()
             if layer.carry is not None:
@@ -156,15 +187,18 @@ class DecodeCache:
         """Bytes of the cache.
 
         used=False: all memory allocated, bookkeeping and spare room included.
-        used=True: keys, values and states that are held, by the formula
-        2 G D itemsize (min(T, L+1) + chunk ends older than the window)
-        + 2 (S (E/S) N 4 + 3 (E + 2N) itemsize), summed over rows and layers.
+        used=True: keys, values and states that are held, by the formula below, summed over rows
+            and layers. (Layers without attention, other compressors: accounting.cache_bytes.)
+
+            2 G D itemsize (min(T, L+1) + chunk ends older than the window)
+            + 2 (S (E/S) N 4 + 3 (E + 2N) itemsize)
         """
         if not used:
             return sum(map(_bytes, self.tensors()))
         total = 0
         for layer in self.layers:
-            total += layer.kv.used_bytes(self.lengths)
+            if layer.kv is not None:
+                total += layer.kv.used_bytes(self.lengths)
             if layer.state is not None:
                 total += sum(map(_bytes, layer.state.tensors().values()))
         return total
@@ -194,8 +228,8 @@ class DecodeCache:
         """Append synthetic tokens to every layer by its own rule, without running the model.
 
         For measurements: counts, bytes and evictions are those of a real sequence of n_tokens,
-        keys and values are random. generator: of the CPU, seeds the draw. Raises ValueError where
-        boundary is "given".
+        keys and values are random, states stay as they are. generator: of the CPU, seeds the draw.
+        Raises ValueError where boundary is "given".
         """
         device = self.lengths.device
         size = (self.batch_size, n_tokens)
@@ -203,7 +237,8 @@ class DecodeCache:
         noise = torch.Generator(device)
         noise.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         for layer in self.layers:
-            _fill_layer(layer, tokens, self.lengths, noise)
+            if layer.kv is not None:
+                _fill_layer(layer, layer.kv, tokens, self.lengths, noise)
         self.count(n_tokens)
         self._steps_with_room = 0
 
@@ -214,9 +249,14 @@ class DecodeCache:
 
 
 def _fill_layer(
-    layer: LayerCache, tokens: Tensor, lengths: Tensor, noise: torch.Generator, piece: int = 4096
+    layer: LayerCache,
+    kv: KVCache,
+    tokens: Tensor,
+    lengths: Tensor,
+    noise: torch.Generator,
+    piece: int = 4096,
 ) -> None:
-    kv, seq = layer.kv, tokens.shape[1]
+    seq = tokens.shape[1]
     spans, ends = [], []
     for begin in range(0, seq, piece):
         part = tokens[:, begin : begin + piece]

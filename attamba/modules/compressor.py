@@ -15,20 +15,16 @@ Shapes: B batch, T tokens, d model width, E inner width, S heads, N state, F out
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attamba.modules.cache import CompressorState
+from attamba.modules.cache import ScanState, State
+from attamba.modules.convolution import convolve
 from attamba.modules.layers import linear, trunc_normal_
 from attamba.ops import compress
 from attamba.ops.chunk_decode import CompressorWeights, compress_step
 from attamba.ops.chunking import Span
-from attamba.ops.compress.stages import (
-    causal_conv,
-    gate_and_norm,
-    scan_convolved,
-    segments,
-    split_projection,
-)
+from attamba.ops.compress.stages import gate_and_norm, scan_convolved, split_projection
 
 
 class Compressors(nn.Module):
@@ -69,7 +65,7 @@ class Compressors(nn.Module):
         u: Tensor,
         starts: Tensor,
         span: Span,
-        state: CompressorState | None = None,
+        state: State | None = None,
         longest: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """u: [B, T, d], starts: bool [B or 1, T] -> SSM_k(u), SSM_v(u), each [B, T, F].
@@ -80,7 +76,7 @@ class Compressors(nn.Module):
         proj = self.in_proj(u)
         A = -self.A_log.float().exp()
         if state is None:
-            y = compress(
+            y_k, y_v = compress(
                 proj,
                 self.conv_weight,
                 A,
@@ -94,16 +90,19 @@ class Compressors(nn.Module):
                 backend=self.backend,
             )
             # The norm's gain goes into the smaller factor of the last product.
-            return self._project(y, self.out_proj * self.norm_weight[:, None])
+            w_k, w_v = (self.out_proj * self.norm_weight[:, None]).unbind(0)
+            return F.linear(y_k, w_k), F.linear(y_v, w_v)
+        assert isinstance(state, ScanState)
         y = self._go_on(proj, A, starts, span, state)
-        return self._project(y * self.norm_weight.flatten().to(y.dtype), self.out_proj)
+        y_k, y_v = (y * self.norm_weight.flatten().to(y.dtype)).chunk(2, -1)
+        return F.linear(y_k, self.out_proj[0]), F.linear(y_v, self.out_proj[1])
 
     def _go_on(
-        self, proj: Tensor, A: Tensor, starts: Tensor, span: Span, state: CompressorState
+        self, proj: Tensor, A: Tensor, starts: Tensor, span: Span, state: ScanState
     ) -> Tensor:
         """Gated and normed outputs [B, T, 2E] of tokens that follow a state; updates it."""
         z, xbc, dt = split_projection(proj, self.state_dim, self.n_heads)
-        xbc = self._conv(xbc, starts, span, state)
+        xbc = convolve(xbc, self.conv_weight, starts, span, state)
         y, h = scan_convolved(
             xbc,
             dt,
@@ -116,18 +115,11 @@ class Compressors(nn.Module):
             state.h,
             self.backend,
         )
-        state.h = h.detach().clone()  # not a view that keeps every tile alive
+        state.update(h=h)
         return gate_and_norm(y, z, self.norm_eps)
 
-    def _project(self, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """y: [B, T, 2E], weight: [2, F, E] -> two of [B, T, F]."""
-        batch, seq, _ = y.shape
-        y = y.reshape(batch * seq, 2, self.ssm_dim).transpose(0, 1) @ weight.transpose(1, 2)
-        k, v = y.unflatten(1, (batch, seq)).unbind(0)
-        return k, v
-
     def step(
-        self, projected: Tensor, starts: Tensor | None, span: Span, state: CompressorState
+        self, projected: Tensor, starts: Tensor | None, span: Span, state: ScanState
     ) -> tuple[Tensor, Tensor]:
         """One token: in_proj(u) [B, ...] -> SSM_k(u), SSM_v(u), each [B, F]; updates the state.
 
@@ -155,28 +147,8 @@ class Compressors(nn.Module):
         k, v = torch.bmm(y.transpose(0, 1), self.out_proj.transpose(1, 2)).unbind(0)
         return k, v
 
-    def _conv(self, x: Tensor, starts: Tensor, span: Span, state: CompressorState) -> Tensor:
-        """The convolution of inputs that follow a state's; updates it. x: [B, T, channels]."""
-        reach, seq = self.conv_width - 1, x.shape[1]
-        inputs = _join(state.conv, x, span)
-        segment = segments(starts, reach)
-        alive = segment[:, seq:] == segment[:, -1:]
-        state.conv = (inputs[:, seq:] * alive[..., None]).detach().to(state.conv.dtype)
-        return causal_conv(inputs, self.conv_weight, starts)
-
-    def new_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> CompressorState:
+    def new_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> ScanState:
         width = self.ssm_dim // self.n_heads
         h = torch.zeros(batch, 2 * self.n_heads, self.state_dim, width, device=device)
         conv = torch.zeros(batch, self.conv_width - 1, self.widths[1], dtype=dtype, device=device)
-        return CompressorState(h, conv)
-
-
-def _join(carried: Tensor, x: Tensor, span: Span) -> Tensor:
-    """[carried | x] along time, each row's padding moved to its left so that the two touch."""
-    joined = torch.cat([carried.to(x.dtype), x], 1)
-    if span.n_pad is None:
-        return joined
-    column = torch.arange(joined.shape[1], device=x.device)
-    n_pad = span.n_pad[:, None]
-    source = torch.where(column < n_pad + carried.shape[1], column - n_pad, column).clamp(min=0)
-    return joined.gather(1, source[..., None].expand(-1, -1, x.shape[2]))
+        return ScanState(h, conv)

@@ -8,5 +8,6 @@ masks, for tests).
 from attamba.ops.chunk_attention import chunk_attention
 from attamba.ops.chunk_scan import chunk_scan
 from attamba.ops.compress import compress
+from attamba.ops.linear_scan import linear_scan
 
-__all__ = ["chunk_attention", "chunk_scan", "compress"]
+__all__ = ["chunk_attention", "chunk_scan", "compress", "linear_scan"]

@@ -22,6 +22,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from attamba.ops.first_scores import highest
+
 
 @dataclass
 class Span:
@@ -153,6 +155,9 @@ def normalize_ends(ends: Tensor, batch: int, heads: int, seq: int) -> Tensor:
 
 BOUNDARIES: dict[str, type[Boundary]] = {}
 
+FIRST_SCORES = "scores of the first layer"
+"""Key of a span's memo: float32 [B, T]; see FirstAttention."""
+
 
 class Boundary:
     """Says which positions end a chunk, for one layer.
@@ -167,6 +172,8 @@ class Boundary:
     per_head: ClassVar[bool] = False
     """Heads have ends of their own."""
     needs_tokens: ClassVar[bool] = False
+    by_scores: ClassVar[bool] = False
+    """The first layer must put its scores into the span's memo, at FIRST_SCORES."""
     periodic: ClassVar[bool] = False
     """A chunk ends where position + 1 + o is a multiple of P; o depends on layer and head alone."""
     options: ClassVar[tuple[str, ...]] = ()
@@ -443,6 +450,65 @@ class Given(Boundary):
         return given, None
 
 
+class FirstAttention(Boundary):
+    """The tokens that the first layer scores highest, one in P of each document; sees the future.
+
+    An ablation of arXiv 2411.17685, for studies. The score of a token is its query times the key of
+    its document's last token, in the first head of the first layer, so that tokens move the ends
+    before them and nothing can be decoded. In the first layer every token ends a chunk: full
+    attention. (The paper's code draws among the 2T/P highest at random, and gives the ends of the
+    first row to all rows.)
+    """
+
+    name = "first_attention"
+    causal = False
+    by_scores = True
+
+    def rule(
+        self, span: Span, carry: Tensor | None, given: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.layer_idx == 0:
+            return self.at(span.positions, span.draw)[:, None], None
+        if FIRST_SCORES not in span.memo:
+            raise ValueError(
+                f"boundary={self.name!r} follows the scores of the first layer, which gave none; "
+                f"set it in all layers, and ask for ends where the model runs"
+            )
+        scores = span.memo[FIRST_SCORES]
+        start = row_starts(span, scores.shape[0])
+        return highest(scores, start, self.chunk_size)[:, None], None
+
+    def at(self, positions: Tensor, draw: Tensor | None) -> Tensor:
+        return torch.ones_like(positions, dtype=torch.bool)
+
+
+class FirstSSM(FirstAttention):
+    """As first_attention, but the first layer has chunks itself, as with uniform, and its keys are
+    their states; sees the future. (The paper's code scores the keys that the last query sees.)
+    """
+
+    name = "first_ssm"
+
+    def at(self, positions: Tensor, draw: Tensor | None) -> Tensor:
+        return (positions + 1) % self.chunk_size == 0
+
+
+def cannot_decode(name: str) -> str:
+    """What to tell whoever wants to decode with a policy that is not causal."""
+    return (
+        f"boundary={name!r} chooses chunk ends from later tokens, so it cannot decode; "
+        f"load the model with a causal policy, e.g. mixer.boundary=cyclic"
+    )
+
+
+def row_starts(span: Span, batch: int) -> Tensor:
+    """For each token the index at which its document starts in the row, int64 [B, T]."""
+    if span.doc_ids is not None:
+        return document_starts(span.doc_ids)
+    seq, device = span.positions.shape[1], span.positions.device
+    return torch.zeros(batch, seq, dtype=torch.long, device=device)
+
+
 def make_boundary(
     spec: str | dict[str, Any],
     *,
@@ -458,12 +524,7 @@ def make_boundary(
     """
     options = {"type": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("type", None)
-    if name not in BOUNDARIES:
-        raise ValueError(
-            f"boundary={name!r} is not a policy (there are: {', '.join(BOUNDARIES)})"
-            + _nearest(str(name), list(BOUNDARIES))
-        )
-    policy = BOUNDARIES[name]
+    policy = policy_named(name)
     for option in options:
         if option not in policy.options:
             known = ", ".join(policy.options) or "none"
@@ -472,6 +533,16 @@ def make_boundary(
                 + _nearest(option, list(policy.options))
             )
     return policy(chunk_size, layer_idx, n_layers, n_kv_heads, sink, **options)
+
+
+def policy_named(name: str | None) -> type[Boundary]:
+    """The class of a policy. Raises ValueError for an unknown name, naming the nearest."""
+    if name not in BOUNDARIES:
+        raise ValueError(
+            f"boundary={name!r} is not a policy (there are: {', '.join(BOUNDARIES)})"
+            + _nearest(str(name), list(BOUNDARIES))
+        )
+    return BOUNDARIES[name]
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import attamba
+from attamba.mixers import attends
 from attamba.models.accounting import (
     attention_entries,
     cache_bytes,
@@ -43,6 +44,25 @@ MIXERS: dict[str, Any] = {
     "transformer": TRANSFORMER,
     "window": {**TRANSFORMER, "window": 9, "n_kv_heads": 1, "head_dim": 6},
     "hybrid": [ATTAMBA, TRANSFORMER],
+    "mean": {**ATTAMBA, "compressor": "mean"},
+    "mean of projected": {**ATTAMBA, "compressor": "mean", "kv_proj": True, "n_kv_heads": 2},
+    "gated": {**ATTAMBA, "compressor": "gated", "gate_positions": 3},
+    "gated narrow": {**ATTAMBA, "compressor": "gated", "kv_proj": True, "n_kv_heads": 1},
+    "strided": {**ATTAMBA, "ssm_scope": "strided", "chunk_size": 3, "boundary": "jitter"},
+    "mamba2": {"type": "mamba2", "head_dim": 8},
+    "mamba2 of any size": {
+        "type": "mamba2",
+        "ssm_dim": 12,
+        "head_dim": 3,
+        "state_dim": 5,
+        "conv_width": 2,
+    },
+    "mingru": {"type": "mingru"},
+    "mingru of any size": {"type": "mingru", "hidden_dim": 10, "conv_width": 1},
+    "minlstm": {"type": "minlstm"},
+    "hawk": {"type": "hawk"},
+    "hawk of any size": {"type": "hawk", "hidden_dim": 9, "n_blocks": 3, "conv_width": 2},
+    "recurrent hybrid": [{"type": "hawk"}, ATTAMBA, {"type": "mingru"}],
 }
 
 
@@ -75,6 +95,8 @@ def test_attention_entries_are_the_visible_pairs(name, seq):
     config = _config(MIXERS[name])
     total = 0
     for i, mixer in enumerate(config.layer_mixers()):
+        if not attends(mixer):
+            continue
         if mixer.type == "transformer":
             lead = None if mixer.window is None else mixer.window - 1
         else:
@@ -131,7 +153,9 @@ def test_projection_flops_are_those_counted(name):
     if name == "transformer":  # all matrix products but attention's own are projections
         by_operator = counter.get_flop_counts()["Global"]
         assert by_operator[torch.ops.aten.mm] == counted
-    compressed = [p for n, p in model.named_parameters() if n.endswith("compressors.out_proj")]
+    # matrices that are no module of type Linear: several side by side
+    others = ("compressors.out_proj", "gate_weight")
+    compressed = [p for n, p in model.named_parameters() if n.endswith(others)]
     counted += sum(2 * p.numel() for p in compressed) * batch * seq
     assert flops(config, seq).projections * batch * seq == counted
 
@@ -140,7 +164,9 @@ def test_projection_flops_are_those_counted(name):
 def test_attention_flops_are_four_per_entry_and_channel(name):
     config = _config(MIXERS[name])
     got = flops(config, 60)
-    if not isinstance(config.mixer, list):
+    if not any(attends(mixer) for mixer in config.layer_mixers()):
+        assert got.attention == attention_entries(config, 60) == 0
+    elif not isinstance(config.mixer, list):
         width = config.mixer.head_dim or 4
         assert got.attention * 60 == pytest.approx(4 * width * attention_entries(config, 60))
     total = got.projections + got.attention + got.scan
@@ -171,3 +197,33 @@ def test_scan_flops_by_hand_and_at_any_length():
     assert flops(config, 10).scan == 3 * 2 * (convolution + state + skip)
     assert flops(config, 10_000).scan == flops(config, 10).scan
     assert flops(_config(TRANSFORMER), 10).scan == 0
+
+
+def test_scan_flops_of_the_others_by_hand():
+    def scan(mixer: dict[str, Any]) -> float:
+        return flops(_config(mixer, n_layers=1), 10).scan
+
+    mamba2 = {"type": "mamba2", "ssm_dim": 12, "head_dim": 3, "state_dim": 5, "conv_width": 2}
+    assert scan(mamba2) == (12 + 5 + 5) * 2 * 2 + 12 * 5 * 5 + 12 * 2
+    # convolution; z g, decay, sum
+    assert scan({"type": "mingru", "hidden_dim": 10, "conv_width": 2}) == 16 * 2 * 2 + 10 * 3
+    assert scan({"type": "minlstm", "hidden_dim": 10, "conv_width": 2}) == 16 * 2 * 2 + 10 * 3
+    # convolution; scale, gate, decay, sum
+    hawk = {"type": "hawk", "hidden_dim": 9, "n_blocks": 3, "conv_width": 2}
+    assert scan(hawk) == 9 * 2 * 2 + 9 * 4
+    assert scan({**ATTAMBA, "compressor": "mean"}) == 16 * 2
+    # K and V: bias, weight, twice decay and sum, quotient
+    assert scan({**ATTAMBA, "compressor": "gated"}) == 2 * 16 * 7
+
+
+def test_default_widths_cost_about_as_much_as_full_attention():
+    """But Mamba-2, whose customary width has half as many again, and more in its B, C and heads."""
+    sizes = {"vocab_size": 32_000, "dim": 512, "n_layers": 8, "ffn_dim": 1536}
+    full = n_parameters(_config({"type": "transformer", "n_heads": 8}, **sizes))
+    for name, low, high in (
+        ("mingru", 1.0, 1.01),
+        ("minlstm", 1.0, 1.001),
+        ("hawk", 1.0, 1.03),
+        ("mamba2", 1.05, 1.12),
+    ):
+        assert low <= n_parameters(_config({"type": name}, **sizes)) / full <= high, name
