@@ -10,6 +10,9 @@ import numpy as np
 from .errors import DataError
 from .shards import TokenDataset
 
+UNSCORED = -100
+"""A target that does not count; torch's cross_entropy passes it over by default, too."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -17,9 +20,14 @@ class Batch:
 
     inputs: np.ndarray
     targets: np.ndarray
-    """The token after each input."""
+    """The token after each input, or UNSCORED."""
     doc_ids: np.ndarray
     """The document of each input: 0 at the row's first token, one more at each eos after it."""
+
+    @property
+    def n_scored(self) -> int:
+        """Targets that count."""
+        return int((self.targets != UNSCORED).sum())
 
 
 class Batches:

@@ -1,0 +1,339 @@
+"""Trains and scores the runs of a study, skipping what is done and going on with what is not.
+
+A run has a folder, <out>/<scale>/<study>/<run>, with its checkpoints, scores/<name>.json for each
+score that is there, and calls.jsonl: one line per call that worked on it. When all is there the
+result file is written, once and whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from attamba.config import ConfigError, RunConfig, from_dict, to_dict
+from attamba.data import TokenDataset
+from attamba.data.files import write_json
+from attamba.models.accounting import n_parameters
+from attamba.studies.costs import costs
+from attamba.studies.data import check_texts, separator_ids
+from attamba.studies.provenance import code_version, environment
+from attamba.studies.recipe import Run
+from attamba.studies.results import (
+    Record,
+    differences,
+    read_result,
+    result_path,
+    thinned,
+    write_result,
+)
+from attamba.studies.scores import Subject, TextScore, make_score
+from attamba.train import CheckpointError, TrainingDiverged, TrainingInterrupted, load, train
+from attamba.train.checkpoint import read_state
+from attamba.train.metrics import read_metrics
+from attamba.train.runtime import resolve_device
+from attamba.train.storage import find_checkpoint
+
+Say = Callable[[str], None]
+Status = Literal["done", "there", "stopped", "waiting", "failed"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study's files are, and how long it may take."""
+
+    data: Path
+    out: Path
+    results: Path
+    device: str | None = None
+    """Overrides train.device. Default: the recipe's."""
+    deadline: float | None = None
+    """time.time() at which to be done."""
+    reserve: float = 0.0
+    """Seconds before the deadline at which training saves and stops, and none is begun."""
+
+    def run_dir(self, run: Run) -> Path:
+        return self.out / run.scale / run.study / run.name
+
+    def left(self) -> float:
+        """Seconds until the deadline; infinite without one."""
+        return float("inf") if self.deadline is None else self.deadline - time.time()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run in this call."""
+
+    name: str
+    status: Status
+    text: str = ""
+
+
+def run_all(runs: list[Run], place: Place, *, jobs: int = 1, say: Say = print) -> list[Outcome]:
+    """Work on every run, `jobs` at a time, and say what became of each.
+
+    A run that cannot be (its configuration, its data, the device's memory) fails alone; the others
+    go on. Raises KeyboardInterrupt after Ctrl-C, when what was running has saved.
+    """
+    outcomes = []
+    for outcome in _each(runs, place, jobs):
+        outcomes.append(outcome)
+        say(f"{outcome.name}: {outcome.status}{': ' if outcome.text else ''}{outcome.text}")
+    return outcomes
+
+
+def _each(runs: list[Run], place: Place, jobs: int) -> Iterator[Outcome]:
+    if jobs == 1:
+        for run in runs:
+            yield work_on(run, place)
+        return
+    # Forked processes cannot use a CUDA device that this one has touched.
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)
+    ) as pool:
+        for future in as_completed([pool.submit(work_on, run, place) for run in runs]):
+            yield future.result()
+
+
+def work_on(run: Run, place: Place) -> Outcome:
+    """Train and score one run as far as the deadline allows, and write its result if it is done."""
+    try:
+        config = run.config(lambda tree: resolved(tree, run, place))
+        if _is_there(run, config, place):
+            return Outcome(run.name, "there")
+        if place.left() <= place.reserve:
+            return Outcome(run.name, "waiting")
+        return _Worker(run, config, place).go()
+    except (ValueError, OSError, ImportError, CheckpointError) as error:
+        return Outcome(run.name, "failed", str(error) or type(error).__name__)
+    except RuntimeError as error:  # the device's memory, a kernel: other runs may do without
+        traceback.print_exception(error)
+        return Outcome(run.name, "failed", f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def resolved(tree: dict[str, Any], run: Run, place: Place) -> dict[str, Any]:
+    """The run's tree with its folders, device and separators filled in."""
+    tree = copy.deepcopy(tree)
+    data = tree.get("data", {})
+    train_part = {**tree.get("train", {}), "progress": False}
+    if place.device is not None:
+        train_part["device"] = place.device
+    if data.get("generate") is None:
+        check_texts(place.data, ("train", "valid"))
+        data |= {"train": str(place.data / "train"), "valid": str(place.data / "valid")}
+    tree = {**tree, "data": data, "train": train_part, "out": str(place.run_dir(run))}
+    mixer = tree.get("model", {}).get("mixer")
+    for part in mixer if isinstance(mixer, list) else [mixer]:
+        boundary = (part or {}).get("boundary")
+        if isinstance(boundary, dict) and isinstance(boundary.get("tokens"), str):
+            tokenizer = TokenDataset.open(place.data / "train").tokenizer
+            ids = separator_ids(tokenizer, boundary["tokens"])
+            part["boundary"] = {**boundary, "tokens": ids}
+    return tree
+
+
+def _is_there(run: Run, config: RunConfig, place: Place) -> bool:
+    """Is there a result of this very run? Raises ConfigError for one of another configuration."""
+    path = result_path(place.results, run.study, run.name)
+    if not path.exists():
+        return False
+    result = read_result(path)
+    saved = from_dict(RunConfig, result.run["config"])  # fields that came later get their defaults
+    differing = differences(to_dict(saved), to_dict(config))
+    if differing:
+        raise ConfigError(
+            f"{path} is of another configuration ({'; '.join(differing)}); delete it to run anew, "
+            f"or give the variant another name"
+        )
+    return result.run["scores"] == run.scores or "diverged" in result.end
+
+
+class _Worker:
+    """One run in this process."""
+
+    def __init__(self, run: Run, config: RunConfig, place: Place) -> None:
+        self.run, self.config, self.place = run, config, place
+        self.device = resolve_device(config.train.device, "train.device")
+        self.folder = Path(config.out)
+        self.began = time.time()
+        self.worked = False
+        """Did this call get something done? Then it may stop where time is short."""
+
+    def go(self) -> Outcome:
+        self._clear()
+        try:
+            step = self._train()
+        except TrainingInterrupted:
+            self._note_call()
+            if self.place.left() > self.place.reserve:
+                raise
+            return Outcome(self.run.name, "stopped", f"at {self._step()}")
+        except TrainingDiverged as error:
+            self._note_call()
+            self._write({}, diverged=str(error))
+            return Outcome(self.run.name, "done", f"diverged at step {error.step}")
+        if self.worked:
+            self._note_call()
+        scores = self._scores()
+        if scores is None:
+            return Outcome(
+                self.run.name, "stopped", f"trained for {step} steps, scores are missing"
+            )
+        self._write(scores)
+        return Outcome(self.run.name, "done")
+
+    def _clear(self) -> None:
+        """Nothing of the run before may count: its memory, and what was compiled for it.
+
+        torch compiles a module's code a few times at most, whichever models it was for.
+        """
+        torch.compiler.reset()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _train(self) -> int:
+        def on_log(record: Record) -> None:
+            self.worked = True
+
+        def should_stop() -> bool:
+            return self.place.left() <= self.place.reserve
+
+        return train(self.config, on_log=on_log, should_stop=should_stop).step
+
+    def _step(self) -> str:
+        state = read_state(find_checkpoint(self.folder))
+        return f"step {state['step']} of {self.config.train.steps}"
+
+    def _note_call(self) -> None:
+        """What this call used; a run may take several calls, on several machines."""
+        call: Record = {
+            **environment(self.device),
+            "seconds": round(time.time() - self.began, 1),
+            "code": code_version(),
+        }
+        if self.device.type == "cuda":
+            call["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        with open(self.folder / "calls.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(call) + "\n")
+
+    def _scores(self) -> dict[str, Record] | None:
+        """Every score, from its file where it is there; None where the time does not suffice."""
+        found: dict[str, Record] = {}
+        subject = None
+        for name, spec in self.run.scores.items():
+            path = self.folder / "scores" / f"{name}.json"
+            saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            if saved.get("spec") != spec:
+                score = make_score(spec, f"scores.{name}")
+                if self.run.scale == "tiny":
+                    score = score.at_tiny_scale()
+                if isinstance(score, TextScore):
+                    check_texts(self.place.data, (score.data,))
+                if (
+                    self.worked
+                    and self._estimate(score.tokens(self.place.data)) > self.place.left()
+                ):
+                    return None
+                subject = subject or self._subject()
+                saved = {"spec": spec, "result": score.measure(subject)}
+                write_json(path, saved)
+                self.worked = True
+            found[name] = saved["result"]
+        return found
+
+    def _estimate(self, tokens: int) -> float:
+        """Seconds that a score of so many tokens may take: as if it were training."""
+        records = [r for r in self._metrics() if r["kind"] == "train"]
+        return tokens / records[-1]["tokens_per_second"]
+
+    def _subject(self) -> Subject:
+        model, tokenizer = load(self.folder, device=self.device)
+        return Subject(model, tokenizer, self.config, self.place.data)
+
+    def _metrics(self) -> list[Record]:
+        return read_metrics(self.folder / "metrics.jsonl")
+
+    def _write(self, scores: dict[str, Record], **end: Any) -> None:
+        metrics = self._metrics()
+        training = [r for r in metrics if r["kind"] == "train"]
+        calls = read_lines(self.folder / "calls.jsonl")
+        records: list[Record] = [
+            {
+                "kind": "run",
+                "study": self.run.study,
+                "variant": self.run.variant,
+                "seed": self.run.seed,
+                "scale": self.run.scale,
+                "config": _portable(to_dict(self.config)),
+                "scores": self.run.scores,
+                "data": self._fingerprints(),
+                "parameters": n_parameters(self.config.model),
+                "costs": costs(self.config, self._tokens()),
+            },
+            *thinned(training),
+            *(r for r in metrics if r["kind"] == "valid"),
+            *({"kind": "score", "name": n, "result": result} for n, result in scores.items()),
+            {
+                "kind": "end",
+                "steps": training[-1]["step"] if training else 0,
+                "tokens": training[-1]["tokens"] if training else 0,
+                "seconds": round(training[-1]["seconds"], 3) if training else 0.0,
+                "tokens_per_second": _typical_rate(training),
+                "peak_memory_bytes": max((c.get("peak_memory_bytes", 0) for c in calls), default=0)
+                or None,
+                "calls": calls,
+                **end,
+            },
+        ]
+        write_result(result_path(self.place.results, self.run.study, self.run.name), records)
+
+    def _fingerprints(self) -> dict[str, str | None]:
+        """Of the data; none for a run that diverged before its first checkpoint."""
+        try:
+            return read_state(find_checkpoint(self.folder))["data"]
+        except CheckpointError:
+            return {}
+
+    def _tokens(self) -> torch.Tensor | None:
+        """Some real text, int64 [1, n], for policies that look at it; None for a made task."""
+        if self.config.data.generate is not None:
+            return None
+        dataset = TokenDataset.open(self.place.data / "valid")
+        return torch.from_numpy(dataset.tokens(0, min(dataset.n_tokens, 1 << 16)))[None]
+
+
+def read_lines(path: Path) -> list[Record]:
+    """The lines of calls.jsonl; empty where there is none."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _portable(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without where files lay on one machine."""
+    data = {**config["data"]}
+    for key in ("train", "valid"):
+        if isinstance(data[key], str) and data[key]:
+            data[key] = Path(data[key]).name
+    return {**config, "out": Path(config["out"]).name, "data": data}
+
+
+def _typical_rate(training: list[Record]) -> float | None:
+    """Median of the training rates, tokens per second; the first tenth warms up."""
+    rates = sorted(r["tokens_per_second"] for r in training[len(training) // 10 :])
+    return round(rates[len(rates) // 2], 1) if rates else None

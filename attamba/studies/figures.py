@@ -1,0 +1,149 @@
+"""Plots of a study. Every number comes from result files or from the paper's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attamba import plots
+from attamba.studies.tables import (
+    MISSING,
+    Row,
+    Told,
+    at_position,
+    at_setting,
+    dial_of,
+    position_edges,
+    settings_of,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PALETTE = ("#4C86C6", "#E0782A", "#2F9E77", "#A05195", "#C03D3D", "#7A6A53", "#5B6770", "#D4A017")
+MARKERS = "os^Dv*PX"
+PAPER_COLOUR = "#8A929C"
+WIDE = (8.2, 4.4)
+
+
+@contextmanager
+def _figure(path: Path, size: tuple[float, float] = WIDE, panels: int = 1) -> Iterator[Any]:
+    plt = plots.pyplot()
+    with plt.rc_context(plots.STYLE):
+        figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained")
+        yield axes
+        plots.save(figure, path)
+
+
+def _looks(i: int) -> dict[str, Any]:
+    """Colour and marker of the i-th variant; colours come round before markers do."""
+    return {
+        "color": PALETTE[i % len(PALETTE)],
+        "marker": MARKERS[(i // len(PALETTE) + i) % len(MARKERS)],
+    }
+
+
+def quality(told: Told, path: Path, *, score: str) -> None:
+    """Perplexity against cache bytes at the training length; bars are the range over seeds."""
+    with _figure(path) as ax:
+        for i, row in enumerate(told.rows):
+            mean, cache = row.mean(score, "perplexity"), row.cache_bytes
+            if mean is None or cache is None:
+                continue
+            values = row.values(score, "perplexity")
+            spread = [[mean - min(values)], [max(values) - mean]]
+            ax.errorbar(
+                cache / 1024, mean, yerr=spread, linestyle="", label=row.variant, **_looks(i)
+            )
+        _powers_of_two(ax)
+        _finish(ax, "cache after a training row (KiB, bfloat16)", f"{score}: perplexity per token")
+
+
+def position(told: Told, path: Path, *, score: str) -> None:
+    """Loss by position in the document."""
+    starts = [start for start, _ in position_edges(told, score)]
+    with _figure(path) as ax:
+        for i, row in enumerate(told.rows):
+            points = [(s, at_position(row, score, s)) for s in starts]
+            _line(ax, [(max(s, 8), y) for s, y in points if y is not None], i, row.variant)
+        _powers_of_two(ax)
+        _finish(ax, "position in the document (tokens)", f"{score}: nats per token")
+
+
+def dial(told: Told, path: Path, *, score: str) -> None:
+    """Perplexity of one checkpoint at other settings."""
+    asked = dial_of(told, score)
+    values = asked.values
+    with _figure(path) as ax:
+        for i, row in enumerate(told.rows):
+            ys = [at_setting(row, score, "value", value, "perplexity") for value in values]
+            _line(ax, [(x, y) for x, y in enumerate(ys) if y is not None], i, row.variant)
+        ax.set_xticks(range(len(values)), [str(value) for value in values])
+        _finish(ax, f"{asked.key} at test time", "perplexity per token")
+
+
+def memory(told: Told, path: Path, *, score: str, key: str) -> None:
+    """Share found against gap or length."""
+    settings = settings_of(told, score, key)
+    with _figure(path) as ax:
+        for i, row in enumerate(told.rows):
+            ys = [at_setting(row, score, key, value, "accuracy") for value in settings]
+            points = [(x, 100 * y) for x, y in enumerate(ys) if y is not None]
+            _line(ax, points, i, row.variant)
+        chance = [r.scores[score]["chance"] for row in told.rows for r in row.results if r.scores]
+        if chance:
+            ax.axhline(100 * chance[0], color=plots.FAINT, lw=1, ls=":", label="chance")
+        ax.set_xticks(range(len(settings)), [f"{value:,}" for value in settings])
+        what = "blanks between pairs and questions" if key == "gap" else "length (bytes)"
+        _finish(ax, what, f"{score}: share found (%)")
+
+
+def beside_paper(told: Told, path: Path, *, score: str) -> None:
+    """The paper's perplexities beside ours, each on its own axis: other text, other tokenizer."""
+    rows = [row for row in told.rows if row.paper]
+    height = 1.2 + 0.32 * len(rows)
+    with _figure(path, (9.2, height), panels=2) as (left, right):
+        _bars(left, rows, [row.mean(score, "perplexity") for row in rows], plots.COLOURS["attamba"])
+        left.set_title(f"here: {score}", loc="left")
+        left.set_yticks(range(len(rows)), [row.variant for row in rows])
+        _bars(right, rows, [row.paper["perplexity"] for row in rows], PAPER_COLOUR)
+        right.set_title("paper: WikiText-2", loc="left")
+        right.set_yticks([])
+
+
+def _bars(ax: Axes, rows: list[Row], values: list[float | None], colour: str) -> None:
+    for y, value in enumerate(values):
+        if value is None:
+            ax.text(0, y, f" {MISSING}", va="center", color=plots.FAINT)
+            continue
+        ax.barh(y, value, color=colour, height=0.7)
+        ax.text(value, y, f" {value:.2f}", va="center", fontsize=8)
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.margins(x=0.15)
+    ax.set_xlim(left=0)
+    ax.set_xlabel("perplexity per token")
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+
+
+def _line(ax: Axes, points: Sequence[tuple[float, float]], i: int, name: str) -> None:
+    if points:
+        xs, ys = zip(*points)
+        ax.plot(xs, ys, label=name, lw=1.6, ms=5, **_looks(i))
+
+
+def _powers_of_two(ax: Axes) -> None:
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda x, place: f"{x:,.0f}")
+
+
+def _finish(ax: Axes, x: str, y: str) -> None:
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25, lw=0.6)
+    ax.set_axisbelow(True)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

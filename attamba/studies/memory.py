@@ -1,0 +1,159 @@
+"""How much a model remembers: recall of pairs by distance, a pass key by length and place.
+
+Shapes: B rows, T tokens, d model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from attamba.config import ConfigError
+from attamba.data.generated import GeneratedRows, Passkey, Recall, at_gap, make_task
+from attamba.data.loader import UNSCORED, Batch
+from attamba.dial import redial
+from attamba.evaluate import PIECE
+
+if TYPE_CHECKING:
+    from attamba.config import RunConfig
+    from attamba.models import Decoder
+    from attamba.studies.scores import PasskeyScore, RecallScore
+
+WHOLE = 4096
+"""Rows up to this length go through the model at once, longer ones through its cache."""
+DEPTHS = 5
+"""Parts of a row by which a pass key's place is told."""
+
+
+def recall(model: Decoder, config: RunConfig, score: RecallScore) -> dict[str, Any]:
+    """Accuracy at each gap and P; chance is 1 / n_values."""
+    task = make_task(config.data.generate or {})
+    if not isinstance(task, Recall):
+        raise ConfigError("a recall score needs a run on data.generate={type: recall}")
+    settings = []
+    sizes: list[int] | list[None] = score.chunk_sizes or [None]
+    for size in sizes:
+        dialled = model if size is None else redial(model, {"mixer.chunk_size": size})
+        for gap in score.gaps:
+            there = dataclasses.replace(score, gaps=[gap])
+            settings.append({"chunk_size": size, **_recall_at(dialled, config, task, there)})
+    return {"chance": 1 / task.n_values, "settings": settings}
+
+
+def _recall_at(
+    model: Decoder, config: RunConfig, task: Recall, score: RecallScore
+) -> dict[str, Any]:
+    (gap,) = score.gaps
+    seq_len = config.data.seq_len + gap - task.gap
+    rows = GeneratedRows(at_gap(task, gap), seq_len, score.batch_size, config.train.seed)
+    hits, distances = [], []
+    for batch in _held_out(rows, score.rows):
+        right, scored = _right(model, batch)
+        hits.append(right[scored])
+        distances.append(_distances(batch, task.pairs)[scored])
+    hit, distance = np.concatenate(hits), np.concatenate(distances)
+    return {
+        "gap": gap,
+        "seq_len": seq_len,
+        "n": len(hit),
+        "accuracy": float(hit.mean()),
+        "by_distance": _by_distance(hit, distance),
+    }
+
+
+def _distances(batch: Batch, pairs: int) -> np.ndarray:
+    """Tokens from each position back to the pair whose key stands there, int64 [B, T]."""
+    keys = batch.inputs[:, 0 : 2 * pairs : 2]
+    place = (batch.inputs[:, :, None] == keys[:, None]).argmax(-1)
+    return np.arange(batch.inputs.shape[1]) - (2 * place + 1)
+
+
+def _by_distance(hit: np.ndarray, distance: np.ndarray) -> list[dict[str, Any]]:
+    """Accuracy in buckets [start, 2 start) of distance."""
+    bucket = np.floor(np.log2(np.maximum(distance, 1))).astype(int)
+    return [
+        {
+            "start": 2 ** int(b),
+            "stop": 2 ** (int(b) + 1),
+            "n": int((bucket == b).sum()),
+            "accuracy": float(hit[bucket == b].mean()),
+        }
+        for b in np.unique(bucket)
+    ]
+
+
+def passkey(model: Decoder, config: RunConfig, score: PasskeyScore) -> dict[str, Any]:
+    """At each length the share of keys found (all digits, each after the right ones before it),
+    the share of digits, and the share of keys by where they stood: in the first fifth of the row,
+    and so on.
+    """
+    task = make_task(config.data.generate or {})
+    if not isinstance(task, Passkey):
+        raise ConfigError("a passkey score needs a run on data.generate={type: passkey}")
+    settings = []
+    for length in score.lengths:
+        rows = GeneratedRows(task, length, 1, config.train.seed)
+        found, digits, depth = [], [], []
+        for batch in _held_out(rows, score.rows):
+            right, scored = _right(model, batch)
+            digits.append(right[scored].mean())
+            found.append(right[scored].all())
+            depth.append(_depth(batch))
+        part = np.minimum((np.array(depth) * DEPTHS).astype(int), DEPTHS - 1)
+        whole = np.array(found)
+        settings.append(
+            {
+                "length": length,
+                "n": len(found),
+                "accuracy": float(whole.mean()),
+                "digits": float(np.mean(digits)),
+                "by_depth": [
+                    {"depth": int(p), "n": int((part == p).sum()), "accuracy": float(w)}
+                    for p in np.unique(part)
+                    for w in [whole[part == p].mean()]
+                ],
+            }
+        )
+    return {"chance": 0.1**task.digits, "settings": settings}
+
+
+def _depth(batch: Batch) -> float:
+    """Where the key stands, from 0 (the row's first byte) to 1 (its last)."""
+    text = bytes(batch.inputs[0].astype(np.uint8))
+    return text.index(b" The pass key is ") / len(text)
+
+
+def _held_out(rows: GeneratedRows, n: int) -> Iterator[Batch]:
+    """n rows that neither training nor validation sees, a batch at a time."""
+    first = rows.n_windows // 2  # training counts from 0, validation takes other numbers
+    for begin in range(0, n, rows.batch_size):
+        yield rows.rows(range(first + begin, first + min(begin + rows.batch_size, n)))
+
+
+@torch.inference_mode()
+def _right(model: Decoder, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Is the likeliest token the target, and does the target count? bool [B, T] each."""
+    device = model.embed.weight.device
+    ids = torch.from_numpy(batch.inputs).to(device)
+    scored = batch.targets != UNSCORED
+    hidden = _hidden(model, ids, torch.from_numpy(scored).to(device))
+    guess = model.head(hidden).argmax(-1).cpu().numpy()
+    right = np.zeros_like(scored)
+    right[scored] = guess == batch.targets[scored]
+    return right, scored
+
+
+def _hidden(model: Decoder, ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Final states [n, d] at the n wanted positions, in order of rows and then of positions."""
+    if ids.shape[1] <= WHOLE:
+        return model(ids, return_hidden=True)[wanted]
+    cache = model.new_cache(batch_size=ids.shape[0])
+    pieces = [
+        model(part, cache=cache, return_hidden=True)  # each call goes on from the one before
+        for part in ids.split(PIECE, 1)
+    ]
+    return torch.cat(pieces, 1)[wanted]

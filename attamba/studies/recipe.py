@@ -1,0 +1,255 @@
+"""Recipes: a base configuration, named variants that differ from it by a few keys, and scores.
+
+A recipe is a YAML file, or the same tree as JSON for machines without pyyaml:
+
+    question:  what the study asks, in a sentence
+    report:    the tables it belongs to: paper, main, ablations, memory
+    base:      a configuration file, relative to the recipe (or the tree itself)
+    set:       keys that all variants change: {train.steps: 3000}
+    seeds:     [0, 1]
+    variants:  {name: {key: value, ...}, ...}
+    grid:      {P: {mixer.chunk_size: [4, 8]}, L: {mixer.leading_tokens: [1, 8]}}: variants P4-L1,
+               P4-L8, P8-L1 and P8-L8 besides the named ones
+    scores:    {name: {kind: text, ...}, ...}; see scores.py
+    paper:     {variant: name in studies/paper/numbers.json}
+    tiny:      keys that --scale tiny changes besides TINY
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import itertools
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from attamba.config import ConfigError, RunConfig, apply_overrides, from_dict, read_tree, to_dict
+from attamba.studies.scores import check_scores
+
+Scale = Literal["tiny", "full"]
+SCALES: tuple[str, ...] = get_args(Scale)
+GROUPS = ("paper", "main", "ablations", "memory")
+SUFFIXES = (".yaml", ".json")
+
+KEYS = (
+    *("question", "report", "base", "set", "seeds", "variants", "grid", "scores", "paper", "tiny"),
+    "name",
+)
+NAME = re.compile(r"[A-Za-z0-9][\w.+=-]*")
+"""What a variant may be called: its result is a file of that name."""
+
+TINY: dict[str, Any] = {
+    "model.vocab_size": 256,
+    "model.ffn_dim": 64,
+    "data.seq_len": 64,
+    "data.batch_size": 2,
+    "optim.warmup_steps": 2,
+    "train.steps": 4,
+    "train.accumulate": 1,
+    "train.dtype": "float32",
+    "train.compile": False,
+    "train.log_every": 1,
+    "train.eval_every": 0,
+    "train.eval_rows": 2,
+    "train.save_every": 0,
+    "train.device": "cpu",
+}
+"""What --scale tiny changes: everything that costs time; widths and mixers stay as they are."""
+TINY_LAYERS = 2
+"""Layers at tiny scale; a hybrid keeps one of each in its list."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its scores."""
+
+    study: str
+    variant: str
+    seed: int
+    scale: Scale
+    tree: dict[str, Any]
+    """The configuration before it is checked; separators may still be words."""
+    scores: dict[str, dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-s{self.seed}"
+
+    def config(self, resolve: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> RunConfig:
+        """The configuration. resolve: last changes to the tree (paths of data, separators).
+
+        Raises ConfigError where it cannot be.
+        """
+        config = from_dict(RunConfig, resolve(self.tree))
+        config.validate()
+        return config
+
+
+@dataclass(frozen=True)
+class Study:
+    """A recipe, read."""
+
+    name: str
+    question: str
+    groups: tuple[str, ...]
+    base: dict[str, Any]
+    common: dict[str, Any]
+    """Keys that all variants change."""
+    seeds: tuple[int, ...]
+    variants: dict[str, dict[str, Any]]
+    scores: dict[str, dict[str, Any]]
+    paper: dict[str, str] = field(default_factory=dict)
+    tiny: dict[str, Any] = field(default_factory=dict)
+
+    def runs(self, scale: Scale, only: str | None = None) -> list[Run]:
+        """Runs in the order of the recipe, every variant's first seed before any second one.
+
+        only: a pattern (as a shell's) of variants or runs. Raises ConfigError if none is left.
+        """
+        seeds = self.seeds[:1] if scale == "tiny" else self.seeds
+        runs = [self._run(v, seed, scale) for seed in seeds for v in self.variants]
+        if only is None:
+            return runs
+        left = [
+            run for run in runs if any(fnmatch.fnmatch(n, only) for n in (run.variant, run.name))
+        ]
+        if not left:
+            raise ConfigError(
+                f"--only={only} names no run of {self.name}; its variants are: "
+                f"{', '.join(self.variants)}"
+            )
+        return left
+
+    def _run(self, variant: str, seed: int, scale: Scale) -> Run:
+        changes = {**self.common, **self.variants[variant], "train.seed": seed}
+        tree = apply_overrides(self.base, changes)
+        if scale == "tiny":
+            mixer = tree.get("model", {}).get("mixer")
+            layers = len(mixer) if isinstance(mixer, list) else TINY_LAYERS
+            tree = apply_overrides(tree, {**TINY, "model.n_layers": layers, **self.tiny})
+        return Run(self.name, variant, seed, scale, tree, self.scores)
+
+    def to_tree(self) -> dict[str, Any]:
+        """The recipe as one tree without references to files, for load_study of JSON."""
+        return {
+            "name": self.name,
+            "question": self.question,
+            "report": list(self.groups),
+            "base": self.base,
+            "set": self.common,
+            "seeds": list(self.seeds),
+            "variants": self.variants,
+            "scores": self.scores,
+            "paper": self.paper,
+            "tiny": self.tiny,
+        }
+
+
+def find_recipes(folder: Path) -> dict[str, Path]:
+    """The recipes of a folder by name."""
+    found = sorted(path for path in folder.glob("*") if path.suffix in SUFFIXES)
+    return {path.stem: path for path in found}
+
+
+def find_study(name: str, folder: Path) -> Study:
+    """The study `name` of a folder, or that of a recipe file. Raises ConfigError."""
+    path = Path(name)
+    if path.suffix in SUFFIXES and path.is_file():
+        return load_study(path)
+    recipes = find_recipes(folder)
+    if name not in recipes:
+        nearest = difflib.get_close_matches(name, recipes, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are: {', '.join(recipes)}"
+        raise ConfigError(f"{name!r} is no study in {folder} ({hint}); name one, or a recipe file")
+    return load_study(recipes[name])
+
+
+def load_study(path: Path) -> Study:
+    """Read a recipe. Raises ConfigError for what it cannot mean, naming the file."""
+    tree = read_tree(path)
+    try:
+        return _study(path, tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _study(path: Path, tree: dict[str, Any]) -> Study:
+    for key in tree:
+        if key not in KEYS:
+            nearest = difflib.get_close_matches(key, KEYS, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(KEYS)}"
+            raise ConfigError(f"unknown key {key!r}; {hint}")
+    groups = tuple(tree.get("report", ()))
+    if not groups or not set(groups) <= set(GROUPS):
+        raise ConfigError(f"report={list(groups)} must name some of: {', '.join(GROUPS)}")
+    seeds = tuple(tree.get("seeds", (0,)))
+    if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+        raise ConfigError(f"seeds={list(seeds)} must be whole numbers, at least 0 and one of them")
+    variants = {**_named(tree.get("variants") or {}), **_product(tree.get("grid") or {})}
+    if not variants:
+        raise ConfigError("there are no variants; name some, or give a grid")
+    scores = tree.get("scores") or {}
+    check_scores(scores)
+    paper = tree.get("paper") or {}
+    strangers = sorted(set(paper) - set(variants))
+    if strangers:
+        raise ConfigError(f"paper names {strangers[0]!r}, which is not a variant")
+    return Study(
+        name=tree.get("name", path.stem),
+        question=str(tree.get("question", "")).strip(),
+        groups=groups,
+        base=_base(path, tree.get("base", {})),
+        common=tree.get("set") or {},
+        seeds=seeds,
+        variants=variants,
+        scores=scores,
+        paper=paper,
+        tiny=tree.get("tiny") or {},
+    )
+
+
+def _base(path: Path, base: str | dict[str, Any]) -> dict[str, Any]:
+    """All fields of the base configuration."""
+    tree = read_tree(path.parent / base) if isinstance(base, str) else base
+    config = from_dict(RunConfig, tree)
+    config.validate()
+    return to_dict(config)
+
+
+def _named(variants: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    for name, changes in variants.items():
+        if not NAME.fullmatch(str(name)):
+            raise ConfigError(
+                f"variant {name!r}: a name is letters, digits and . _ + = -, for it names a file"
+            )
+        if changes is not None and not isinstance(changes, dict):
+            raise ConfigError(f"variant {name}: {changes!r} must be keys and values")
+    return {str(name): dict(changes or {}) for name, changes in variants.items()}
+
+
+def _product(grid: dict[str, dict[str, list[Any]]]) -> dict[str, dict[str, Any]]:
+    """Every combination of the grid's values."""
+    if not grid:
+        return {}
+    axes = []
+    for letter, axis in grid.items():
+        if not isinstance(axis, dict) or len(axis) != 1:
+            raise ConfigError(f"grid.{letter} must be one key and its values")
+        ((key, values),) = axis.items()
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"grid.{letter}.{key}={values!r} must be a list of values")
+        axes.append([(f"{letter}{value}", key, value) for value in values])
+    return {
+        "-".join(name for name, _, _ in point): {key: value for _, key, value in point}
+        for point in itertools.product(*axes)
+    }
+
+
+def save_json(study: Study, path: Path) -> None:
+    """Write a recipe as JSON, its base included."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(study.to_tree(), indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,138 @@
+"""Result files: one per run, JSON lines, written whole when the run is done.
+
+{"kind": "run", study, variant, seed, scale, config, scores (as asked), data (fingerprints),
+ code, parameters, ...}                      what was run
+{"kind": "train", step, loss, ...}           thinned training records
+{"kind": "valid", step, valid_loss, ...}     every validation
+{"kind": "score", name, result}              one per score
+{"kind": "end", tokens, seconds, ...}        what it took
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from attamba.config import ConfigError
+from attamba.data.files import write_aside
+
+Record = dict[str, Any]
+
+FREE = frozenset(
+    {
+        *("out", "data.train", "data.valid", "data.tokenizer", "train.device", "train.progress"),
+        *("train.keep", "train.log_every", "train.eval_every", "train.save_every"),
+        *("train.tensorboard", "train.compile"),
+    }
+)
+"""Keys in which a result and a recipe may differ: where files lie, and how, not what, is computed.
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One result file, read."""
+
+    path: Path
+    run: Record
+    train: list[Record] = field(default_factory=list)
+    valid: list[Record] = field(default_factory=list)
+    scores: dict[str, Record] = field(default_factory=dict)
+    end: Record = field(default_factory=dict)
+
+    @property
+    def variant(self) -> str:
+        return self.run["variant"]
+
+
+def result_path(root: Path, study: str, name: str) -> Path:
+    """Where the result of a run is."""
+    return root / study / f"{name}.jsonl"
+
+
+def write_result(path: Path, records: Iterable[Record]) -> None:
+    """Write a result file; at any moment it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    write_aside(path, lines.encode())
+
+
+def read_result(path: Path) -> Result:
+    """Read a result file. Raises ConfigError for one that is damaged."""
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        by_kind: dict[str, list[Record]] = {}
+        for record in records:
+            by_kind.setdefault(record["kind"], []).append(record)
+        return Result(
+            path=path,
+            run=by_kind["run"][0],
+            train=by_kind.get("train", []),
+            valid=by_kind.get("valid", []),
+            scores={record["name"]: record["result"] for record in by_kind.get("score", [])},
+            end=by_kind["end"][0],
+        )
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ConfigError(
+            f"{path} is no result file ({error!r}); delete it and run anew"
+        ) from error
+
+
+def read_results(root: Path, study: str) -> list[Result]:
+    """All results of a study, by name."""
+    return [read_result(path) for path in sorted((root / study).glob("*.jsonl"))]
+
+
+def differences(there: Record, here: Record) -> list[str]:
+    """Keys of two configurations that disagree on what is computed, as text."""
+    a, b = _flat(there), _flat(here)
+    return [
+        f"{key}: {a.get(key)!r} there, {b.get(key)!r} here"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and not _free(key)
+    ]
+
+
+def _free(key: str) -> bool:
+    # `backend` stands in a mixer or in each of a list of mixers.
+    return key in FREE or key.endswith(".backend")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, list) and any(isinstance(value, dict) for value in tree):
+        tree = {str(i): value for i, value in enumerate(tree)}
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}.{key}" if prefix else key))
+    return flat
+
+
+def thinned(records: list[Record], most: int = 100) -> list[Record]:
+    """At most `most` training records, each standing for those since the one before.
+
+    Losses are means over them, rates are total tokens over total time; the last step is there.
+    """
+    if not records:
+        return []
+    size = -(-len(records) // most)
+    groups = [records[i : i + size] for i in range(0, len(records), size)]
+    return [_merged(group) for group in groups]
+
+
+def _merged(group: list[Record]) -> Record:
+    last, n = group[-1], len(group)
+    return {
+        "kind": "train",
+        "step": last["step"],
+        "tokens": last["tokens"],
+        "loss": round(sum(r["loss"] for r in group) / n, 6),
+        "grad_norm": round(sum(r["grad_norm"] for r in group) / n, 6),
+        "lr": last["lr"],
+        "tokens_per_second": round(n / sum(1 / r["tokens_per_second"] for r in group), 1),
+        "seconds": round(last["seconds"], 3),
+    }

@@ -1,0 +1,47 @@
+"""What `attamba study list` prints: studies, runs, and how far they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from attamba.config import ConfigError
+from attamba.display import columns
+from attamba.models.accounting import n_parameters
+from attamba.studies.recipe import Run, Scale, Study, find_recipes, load_study
+from attamba.studies.results import result_path
+
+
+def study_lines(recipes: Path, scale: Scale, results: Path) -> Iterator[str]:
+    """One line per study: its runs, how many are done, and its question."""
+    rows = [["study", "runs", "done", "report"]]
+    questions = []
+    for path in find_recipes(recipes).values():
+        study = load_study(path)
+        runs = study.runs(scale)
+        done = sum(result_path(results, study.name, run.name).exists() for run in runs)
+        rows.append([study.name, str(len(runs)), str(done), " ".join(study.groups)])
+        questions.append(study.question)
+    head, *lines = columns(rows).splitlines()
+    yield head
+    for line, question in zip(lines, questions):
+        yield f"{line}  {question.splitlines()[0] if question else ''}"
+
+
+def run_lines(study: Study, runs: list[Run], results: Path) -> Iterator[str]:
+    """The question, then one line per run: parameters, tokens, and whether there is a result."""
+    yield study.question
+    rows = [["run", "parameters", "tokens", "result"]]
+    for run in runs:
+        done = result_path(results, study.name, run.name).exists()
+        rows.append([run.name, *_size(run), "done" if done else "missing"])
+    yield columns(rows)
+
+
+def _size(run: Run) -> tuple[str, str]:
+    try:
+        config = run.config()
+    except ConfigError as error:
+        return "not possible:", str(error)
+    tokens = config.train.steps * config.data.batch_size * config.data.seq_len
+    return f"{n_parameters(config.model) / 1e6:.1f}M", f"{tokens / 1e6:,.1f}M"

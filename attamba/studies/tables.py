@@ -1,0 +1,323 @@
+"""Tables of a study, from its recipe, its result files and the paper's numbers; nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from attamba.config import ConfigError
+from attamba.display import format_bytes
+from attamba.studies.recipe import Scale, Study
+from attamba.studies.results import Result, read_results
+from attamba.studies.scores import DialScore, make_score
+
+MISSING = "not run"
+REFERENCE = "transformer"
+"""The variant that others are compared with, where a study has it."""
+PAPER_NUMBERS = Path("paper/numbers.json")
+"""The paper's figures, below the folder of recipes."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant: its results so far, of how many, and the paper's figures for it."""
+
+    variant: str
+    results: list[Result]
+    n_seeds: int
+    paper: dict[str, Any] = field(default_factory=dict)
+
+    def mean(self, score: str, figure: str) -> float | None:
+        """Mean over the seeds that are there; None where none is."""
+        values = self.values(score, figure)
+        return statistics.fmean(values) if values else None
+
+    def values(self, score: str, figure: str) -> list[float]:
+        found = [result.scores.get(score, {}).get(figure) for result in self.results]
+        return [value for value in found if value is not None]
+
+    @property
+    def first(self) -> Result | None:
+        return self.results[0] if self.results else None
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """At the training length, bfloat16; None for no result, or a model that cannot decode."""
+        if self.first is None or not self.first.run["costs"]:
+            return None
+        return self._cost("cache_bytes")
+
+    @property
+    def entries(self) -> float | None:
+        """Keys that a query sees, the mean at the training length."""
+        if self.first is None or not self.first.run["costs"]:
+            return None
+        return self._cost("entries")
+
+    def _cost(self, name: str) -> Any:
+        assert self.first is not None
+        seq_len = self.first.run["config"]["data"]["seq_len"]
+        return self.first.run["costs"][str(seq_len)][name]
+
+
+@dataclass(frozen=True)
+class Told:
+    """A study and what is known of it."""
+
+    study: Study
+    rows: list[Row]
+    source: str
+    """Where the paper's figures are from."""
+
+    def scores(self, kind: str) -> list[str]:
+        """Names of the scores of a kind."""
+        return [name for name, spec in self.study.scores.items() if spec["kind"] == kind]
+
+
+def tell(study: Study, results: Path, recipes: Path, scale: Scale) -> Told:
+    """Gather what a study's report needs. Raises ConfigError for results or numbers it cannot."""
+    numbers: dict[str, Any] = {"runs": {}, "source": ""}
+    if study.paper:
+        numbers = _paper_numbers(recipes)
+    by_variant: dict[str, list[Result]] = {}
+    for result in read_results(results, study.name):
+        if result.run["scale"] == scale:
+            by_variant.setdefault(result.variant, []).append(result)
+    _check_one_text([result for found in by_variant.values() for result in found])
+    n_seeds = 1 if scale == "tiny" else len(study.seeds)
+    rows = []
+    for variant in study.variants:
+        key = study.paper.get(variant)
+        if key is not None and key not in numbers["runs"]:
+            raise ConfigError(f"{study.name}: paper.{variant}={key} is not in {PAPER_NUMBERS}")
+        paper = numbers["runs"][key] if key is not None else {}
+        rows.append(Row(variant, by_variant.get(variant, []), n_seeds, paper))
+    return Told(study, rows, numbers["source"])
+
+
+def _check_one_text(results: list[Result]) -> None:
+    """Raise ConfigError for trainings on different tokens: a table must not compare them."""
+    texts = [r for r in results if r.run["data"] and r.run["config"]["data"]["generate"] is None]
+    for result in texts[1:]:
+        if result.run["data"] != texts[0].run["data"]:
+            raise ConfigError(
+                f"{texts[0].path} and {result.path} were trained or validated on different tokens; "
+                f"prepare the texts of a study once, and delete the results on the others"
+            )
+
+
+def made_with(told: Told) -> str:
+    """Devices, versions and code of a study's results, in a sentence; empty without results."""
+    calls = [call for row in told.rows for r in row.results for call in r.end["calls"]]
+    if not calls:
+        return ""
+    devices = sorted({call["device"] for call in calls})
+    torch_versions = sorted({call["torch"] for call in calls})
+    code = sorted({_code(call["code"]) for call in calls})
+    return f"Made on {', '.join(devices)}; torch {', '.join(torch_versions)}; {', '.join(code)}."
+
+
+def _code(code: dict[str, Any]) -> str:
+    if "commit" in code:
+        return f"commit {code['commit'][:12]}{' and changes' if code['dirty'] else ''}"
+    return f"version {code['version']}, source {code['source'][:12]}"
+
+
+def _paper_numbers(recipes: Path) -> dict[str, Any]:
+    path = recipes / PAPER_NUMBERS
+    if not path.exists():
+        raise ConfigError(f"{path} is missing: the paper's figures that recipes name stand there")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+Table = tuple[list[str], list[list[str]]]
+"""Headers and rows."""
+
+
+def quality_table(told: Told) -> Table:
+    """Quality beside cost, a row per variant."""
+    texts = told.scores("text")
+    head = ["model", "runs", "tokens", "parameters", "cache", "keys seen"]
+    for name in texts:
+        head += [f"{name}: perplexity/token", f"to {REFERENCE}", "bits/byte"]
+        if name == "wikitext2":
+            head.append("perplexity/word")
+    head += ["training tokens/s", "peak memory"]
+    with_paper = any(row.paper for row in told.rows)
+    if with_paper:
+        head += ["paper: perplexity/token", f"paper: to {REFERENCE}", "paper: tokens"]
+    reference = next((row for row in told.rows if row.variant == REFERENCE), None)
+    return head, [_quality_row(row, texts, with_paper, reference) for row in told.rows]
+
+
+def _quality_row(row: Row, texts: list[str], with_paper: bool, reference: Row | None) -> list[str]:
+    cells = [row.variant, f"{len(row.results)} of {row.n_seeds}"]
+    if row.first is None:
+        cells += [MISSING, "", "", ""]
+    else:
+        tokens, parameters = row.first.end["tokens"], row.first.run["parameters"]
+        cells += [_millions(tokens), _millions(parameters), *_cost_cells(row)]
+    for name in texts:
+        cells += [_score(row, name, "perplexity", 2), _against(row, reference, name)]
+        cells.append(_score(row, name, "bits_per_byte", 4))
+        if name == "wikitext2":
+            word = row.mean(name, "word_perplexity")
+            cells.append("" if word is None else f"{word:.4g}")
+    cells += _speed_cells(row)
+    if with_paper:
+        cells += _paper_cells(row.paper, {} if reference is None else reference.paper)
+    return cells
+
+
+def _paper_cells(paper: dict[str, Any], reference: dict[str, Any]) -> list[str]:
+    """The paper's perplexity, how far it is above its transformer's, and its tokens."""
+    if not paper:
+        return ["", "", ""]
+    ratio = ""
+    if reference and reference is not paper and reference["tokens"] == paper["tokens"]:
+        ratio = f"{100 * (paper['perplexity'] / reference['perplexity'] - 1):+.1f}%"
+    return [f"{paper['perplexity']:.2f}", ratio, _millions(paper["tokens"])]
+
+
+def _cost_cells(row: Row) -> list[str]:
+    cache, entries = row.cache_bytes, row.entries
+    if cache is None or entries is None:
+        return ["cannot decode", ""]
+    return [format_bytes(cache), f"{entries:.1f}" if entries else "none"]
+
+
+def _speed_cells(row: Row) -> list[str]:
+    if row.first is None:
+        return ["", ""]
+    rates = [r.end["tokens_per_second"] for r in row.results if r.end["tokens_per_second"]]
+    peaks = [r.end["peak_memory_bytes"] for r in row.results if r.end["peak_memory_bytes"]]
+    return [
+        f"{statistics.median(rates):,.0f}" if rates else "",
+        format_bytes(max(peaks)) if peaks else "",
+    ]
+
+
+def _against(row: Row, reference: Row | None, score: str) -> str:
+    """How far a perplexity is above the reference's, in percent; over the seeds of both."""
+    here = row.mean(score, "perplexity")
+    there = None if reference is None else reference.mean(score, "perplexity")
+    if here is None or there is None or row is reference:
+        return ""
+    return f"{100 * (here / there - 1):+.1f}%"
+
+
+def _score(row: Row, score: str, figure: str, digits: int) -> str:
+    """Mean and, of several seeds, half of their range."""
+    diverged = [result for result in row.results if "diverged" in result.end]
+    values = row.values(score, figure)
+    if not values:
+        return "diverged" if diverged else ""
+    text = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {(max(values) - min(values)) / 2:.{digits}f}"
+    return text + (f" ({len(diverged)} diverged)" if diverged else "")
+
+
+def position_edges(told: Told, score: str) -> list[tuple[int, int]]:
+    """The buckets [start, stop) of positions that results have."""
+    return sorted(
+        {
+            (bucket["start"], bucket["stop"])
+            for row in told.rows
+            for result in row.results
+            for bucket in result.scores.get(score, {}).get("by_position", [])
+        }
+    )
+
+
+def position_table(told: Told, score: str) -> Table:
+    """Nats per token by position in the document, a row per bucket."""
+    head = ["position", *(row.variant for row in told.rows)]
+    body = [
+        [f"{a:,} to {b - 1:,}", *(_digits(at_position(row, score, a), 4) for row in told.rows)]
+        for a, b in position_edges(told, score)
+    ]
+    return head, body
+
+
+def at_position(row: Row, score: str, start: int) -> float | None:
+    """Mean nats of a bucket over the seeds."""
+    values = [
+        bucket["nats"]
+        for result in row.results
+        for bucket in result.scores.get(score, {}).get("by_position", [])
+        if bucket["start"] == start
+    ]
+    return statistics.fmean(values) if values else None
+
+
+def dial_table(told: Told, score: str) -> Table:
+    """Perplexity at each test-time setting, a column per variant."""
+    asked = dial_of(told, score)
+    head = [asked.key, *(row.variant for row in told.rows)]
+    body = []
+    for value in asked.values:
+        found = [at_setting(row, score, "value", value, "perplexity") for row in told.rows]
+        body.append([str(value), *(_digits(perplexity, 2) for perplexity in found)])
+    return head, body
+
+
+def dial_of(told: Told, score: str) -> DialScore:
+    """What a dial score of the study turns."""
+    asked = make_score(told.study.scores[score], score)
+    assert isinstance(asked, DialScore)
+    return asked
+
+
+def memory_table(told: Told, score: str) -> Table:
+    """Share of values or pass keys found, a row per variant, a column per gap or length."""
+    key = "gap" if told.study.scores[score]["kind"] == "recall" else "length"
+    settings = settings_of(told, score, key)
+    head = ["model", "runs", "cache", *(f"{key} {value:,}" for value in settings)]
+    body = []
+    for row in told.rows:
+        cache = "" if row.cache_bytes is None else format_bytes(row.cache_bytes)
+        shares = [at_setting(row, score, key, value, "accuracy") for value in settings]
+        cells = ["" if share is None else f"{100 * share:.1f}%" for share in shares]
+        cells = cells if row.results else [MISSING, *[""] * (len(settings) - 1)]
+        body.append([row.variant, f"{len(row.results)} of {row.n_seeds}", cache, *cells])
+    return head, body
+
+
+def settings_of(told: Told, score: str, key: str) -> list[int]:
+    """The gaps or lengths that results were measured at; those asked for where there is none."""
+    found = {
+        setting[key]
+        for row in told.rows
+        for result in row.results
+        for setting in result.scores.get(score, {}).get("settings", [])
+    }
+    if found:
+        return sorted(found)
+    asked = make_score(told.study.scores[score], score)
+    return sorted(getattr(asked, f"{key}s"))
+
+
+def at_setting(row: Row, score: str, key: str, value: Any, figure: str) -> float | None:
+    """Mean over the seeds of a figure at one setting (the model's own P where several were)."""
+    values = [
+        setting[figure]
+        for result in row.results
+        for part in ("settings", "rows")
+        for setting in result.scores.get(score, {}).get(part, [])
+        if setting[key] == value and setting.get("chunk_size") is None
+    ]
+    values = [v for v in values if v is not None and math.isfinite(v)]
+    return statistics.fmean(values) if values else None
+
+
+def _digits(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _millions(n: float) -> str:
+    return f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.1f}M" if n >= 1e5 else f"{n:,.0f}"

@@ -1,0 +1,178 @@
+"""Runs: done once, resumed where they stopped, failing alone, written whole."""
+
+import json
+import os
+
+import pytest
+
+from attamba.cli import main
+from attamba.studies.engine import Place, run_all, work_on
+from attamba.studies.results import read_result, read_results, result_path, thinned
+from attamba.train.metrics import read_metrics
+
+
+def _statuses(outcomes):
+    return {o.name: o.status for o in outcomes}
+
+
+def _losses(result):
+    return [record["loss"] for record in result.train]
+
+
+@pytest.fixture
+def one(make_study):
+    """The first run of the little study."""
+    return make_study().runs("full")[0]
+
+
+def test_a_study_end_to_end(make_study, place):
+    study = make_study()
+    said = []
+    outcomes = run_all(study.runs("full"), place, say=said.append)
+    assert set(_statuses(outcomes).values()) == {"done"} and len(said) == 4
+    results = read_results(place.results, "little")
+    assert [r.path.stem for r in results] == ["chunks-s0", "chunks-s1", "full-s0", "full-s1"]
+    for result in results:
+        assert result.run["config"]["train"]["seed"] == result.run["seed"]
+        assert result.run["data"]["train"] and result.run["parameters"] > 0
+        assert (
+            result.run["costs"]["65536"]["cache_bytes"] > result.run["costs"]["32"]["cache_bytes"]
+        )
+        assert [r["step"] for r in result.train] == [1, 2, 3, 4, 5, 6]
+        assert [r["step"] for r in result.valid] == [3, 6]
+        assert result.scores["books"]["n_tokens"] == 200
+        assert result.end["tokens"] == 6 * 2 * 32
+        (call,) = result.end["calls"]
+        assert call["code"]["source"] and call["torch"] and call["device"]
+        text = result.path.read_text(encoding="utf-8")
+        assert str(place.data) not in text and str(place.out) not in text
+    assert results[0].scores != results[1].scores != results[2].scores
+
+
+def test_what_is_done_is_not_done_again(one, place):
+    assert work_on(one, place).status == "done"
+    path = result_path(place.results, one.study, one.name)
+    before = path.stat().st_mtime_ns
+    metrics = place.run_dir(one) / "metrics.jsonl"
+    metrics.unlink()  # nothing of the run folder is needed any more
+    assert work_on(one, place).status == "there"
+    assert path.stat().st_mtime_ns == before and not metrics.exists()
+    assert sorted(os.listdir(path.parent)) == [path.name]
+
+
+class Limited(Place):
+    """A place whose time is up after some steps."""
+
+    steps = 3
+
+    def left(self):
+        asked = getattr(self, "_asked", 0)
+        object.__setattr__(self, "_asked", asked + 1)
+        return 100.0 if asked < self.steps else -1.0
+
+
+def test_a_time_limit_stops_with_a_checkpoint_and_the_next_call_goes_on(one, place, tmp_path):
+    whole = Place(place.data, tmp_path / "whole", tmp_path / "whole-results")
+    assert work_on(one, whole).status == "done"
+    limited = Limited(place.data, place.out, place.results)
+    outcome = work_on(one, limited)
+    assert outcome.status == "stopped"
+    assert not result_path(place.results, one.study, one.name).exists()
+    stopped = read_metrics(place.run_dir(one) / "metrics.jsonl")[-1]["step"]
+    assert 0 < stopped < 6 and f"step {stopped} of 6" in outcome.text
+    assert list((place.run_dir(one) / "checkpoints").iterdir())
+    assert work_on(one, place).status == "done"
+    results = [read_result(result_path(p.results, one.study, one.name)) for p in (whole, place)]
+    assert _losses(results[0]) == _losses(results[1])
+    assert results[0].scores == results[1].scores
+    assert len(results[1].end["calls"]) == 2
+
+
+def test_no_time_at_all_leaves_runs_waiting(make_study, place):
+    late = Place(place.data, place.out, place.results, deadline=1.0)
+    outcomes = run_all(make_study().runs("full"), late, say=lambda text: None)
+    assert set(_statuses(outcomes).values()) == {"waiting"}
+    assert not place.out.exists()
+
+
+def test_an_impossible_run_fails_alone(make_study, place):
+    study = make_study(
+        seeds=[0], variants={"bad": {"mixer.chunk_size": 0}, "odd": {"mixer.nosuch": 1}, "good": {}}
+    )
+    outcomes = {o.name: o for o in run_all(study.runs("full"), place, say=lambda text: None)}
+    assert outcomes["bad-s0"].status == outcomes["odd-s0"].status == "failed"
+    assert "mixer.chunk_size=0 must be at least 1" in outcomes["bad-s0"].text
+    assert "nosuch" in outcomes["odd-s0"].text
+    assert outcomes["good-s0"].status == "done"
+
+
+def test_a_result_of_another_configuration_is_not_taken(make_study, place):
+    assert work_on(make_study().runs("full")[0], place).status == "done"
+    changed = make_study(set={"optim.lr": 1e-5}).runs("full")[0]
+    outcome = work_on(changed, place)
+    assert outcome.status == "failed"
+    assert "optim.lr: 0.003 there, 1e-05 here" in outcome.text
+
+
+def test_a_new_score_needs_no_new_training(make_study, place):
+    run = make_study().runs("full")[0]
+    work_on(run, place)
+    scores = {**run.scores, "other": {"kind": "text", "data": "wikitext2", "max_tokens": 100}}
+    more = make_study(scores=scores).runs("full")[0]
+    before = (place.run_dir(run) / "metrics.jsonl").read_bytes()
+    assert work_on(more, place).status == "done"
+    assert (place.run_dir(run) / "metrics.jsonl").read_bytes() == before
+    result = read_result(result_path(place.results, run.study, run.name))
+    assert result.scores["other"]["n_tokens"] == 100
+
+
+def test_a_diverged_run_is_a_result(make_study, place):
+    changes = {"optim.lr": 1e30, "optim.warmup_steps": 0, "optim.grad_clip": 0}
+    run = make_study(set=changes).runs("full")[0]
+    outcome = work_on(run, place)
+    assert outcome.status == "done" and "diverged at step" in outcome.text
+    result = read_result(result_path(place.results, run.study, run.name))
+    assert result.end["diverged"].startswith("step ")
+    assert result.scores == {}
+    assert work_on(run, place).status == "there"
+
+
+def test_several_at_a_time(make_study, place):
+    study = make_study(seeds=[0])
+    outcomes = run_all(study.runs("full"), place, jobs=2, say=lambda text: None)
+    assert _statuses(outcomes) == {"chunks-s0": "done", "full-s0": "done"}
+
+
+def test_missing_texts_are_named(make_study, tmp_path):
+    nowhere = Place(tmp_path / "none", tmp_path / "runs", tmp_path / "results")
+    outcome = work_on(make_study().runs("full")[0], nowhere)
+    assert outcome.status == "failed" and "attamba study prepare" in outcome.text
+
+
+def test_the_command(make_study, texts, tmp_path, capsys):
+    make_study()
+    folders = ["--recipes", str(tmp_path / "recipes"), "--results", str(tmp_path / "results")]
+    command = ["study", "run", "little", *folders, "--data", str(texts)]
+    command += ["--out", str(tmp_path / "runs")]
+    assert main([*command, "--only", "chunks-s0"]) == 0
+    assert "little at full scale: 1 of 1 runs are done (1 now)" in capsys.readouterr().out
+    assert main(["study", "list", *folders]) == 0
+    assert "little     4     1    main  Does it run?" in capsys.readouterr().out
+    assert main(["study", "list", "little", *folders, "--json", str(tmp_path / "copy.json")]) == 0
+    assert json.loads((tmp_path / "copy.json").read_text())["name"] == "little"
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith("done") for line in lines) == 1
+    assert sum(line.endswith("missing") for line in lines) == 3
+    assert main([*command, "--jobs", "0"]) == 2
+
+
+def test_thinning_keeps_means_and_the_last_step():
+    fixed = {"kind": "train", "grad_norm": 1.0, "lr": 0.1, "tokens_per_second": 100.0}
+    records = [
+        {**fixed, "step": i, "tokens": 10 * i, "loss": float(i), "seconds": i / 10}
+        for i in range(1, 251)
+    ]
+    thin = thinned(records, most=100)
+    assert len(thin) <= 100 and thin[-1]["step"] == 250
+    assert thin[0]["loss"] == 2.0 and thin[0]["tokens_per_second"] == 100.0
+    assert thinned([]) == []

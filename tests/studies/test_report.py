@@ -1,0 +1,178 @@
+"""Reports from the result files of tiny runs: numbers from the files, and nothing invented."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from attamba.cli import main
+from attamba.config import ConfigError
+from attamba.studies.engine import run_all
+from attamba.studies.recipe import GROUPS, find_recipes, load_study, save_json
+from attamba.studies.report import markdown, write_report
+from attamba.studies.results import read_results
+from attamba.studies.tables import quality_table, tell
+
+FOLDER = Path(__file__).parents[2] / "studies"
+BOOKS = {"kind": "text", "data": "valid", "context": 32, "max_tokens": 200}
+SCORES = {
+    "books": BOOKS,
+    "wikitext2": {**BOOKS, "data": "wikitext2"},
+    "whole": {**BOOKS, "context": None, "document_tokens": 100},
+    "dial": {"kind": "dial", "values": [2, 4], "context": 32, "max_tokens": 100},
+}
+NUMBERS = {
+    "source": "a paper",
+    "runs": {
+        "p": {"perplexity": 33.5, "tokens": 1_000_000},
+        "q": {"perplexity": 30.0, "tokens": 1},
+    },
+}
+
+
+def _rows(page: str, title: str) -> dict[str, list[str]]:
+    """The first table after a heading, by first cell."""
+    section = page.split(f"## {title}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("| ").split(" |")] for line in lines]
+    return {row[0]: row for row in cells}
+
+
+@pytest.fixture
+def done(make_study, place, tmp_path):
+    """A study of three variants; two of them have been run, one of these with two seeds."""
+    study = make_study(
+        variants={
+            "chunks": {"mixer.chunk_size": 4},
+            "late": {},
+            "transformer": {"mixer": {"type": "transformer"}},
+        },
+        scores=SCORES,
+        paper={"chunks": "p", "late": "q"},
+        report=["paper", "main"],
+    )
+    paper = tmp_path / "recipes" / "paper"
+    paper.mkdir()
+    (paper / "numbers.json").write_text(json.dumps(NUMBERS))
+    runs = [r for r in study.runs("full") if r.name in ("chunks-s0", "chunks-s1", "transformer-s0")]
+    assert {o.status for o in run_all(runs, place, say=lambda text: None)} == {"done"}
+    return study
+
+
+def test_a_report_holds_the_results_numbers(done, place, tmp_path):
+    written = write_report("main", tmp_path / "recipes", place.results, tmp_path / "report")
+    page = written[0].read_text(encoding="utf-8")
+    rows = _rows(page, "little")
+    results = {r.path.stem: r for r in read_results(place.results, "little")}
+    seeds = [results[f"chunks-s{i}"].scores["books"]["perplexity"] for i in (0, 1)]
+    mean, half = sum(seeds) / 2, abs(seeds[0] - seeds[1]) / 2
+    assert f"{mean:.2f} ± {half:.2f}" in rows["chunks"]
+    theirs = results["transformer-s0"].scores["books"]["perplexity"]
+    assert f"{theirs:.2f}" in rows["transformer"]
+    assert f"{100 * (mean / theirs - 1):+.1f}%" in rows["chunks"]
+    assert rows["chunks"][1] == "2 of 2" and rows["transformer"][1] == "1 of 2"
+    assert rows["late"][1:3] == ["0 of 2", "not run"]
+    assert "33.50" in rows["chunks"] and "30.00" in rows["late"]
+    assert "a paper" in page and "3 of 6 runs are done" in page
+    call = results["chunks-s0"].end["calls"][0]
+    assert f"Made on {call['device']}; torch {call['torch']}; " in page
+    names = [path.name for path in written[1:]]
+    for name in ("quality", "books-position", "whole-position", "dial", "paper"):
+        assert f"main-little-{name}.svg" in names
+    for path in written[1:]:
+        assert path.read_text(encoding="utf-8").startswith("<?xml") and path.name in page
+
+
+def test_the_same_results_give_the_same_files(done, place, tmp_path):
+    pages = []
+    for name in ("a", "b"):
+        written = write_report("paper", tmp_path / "recipes", place.results, tmp_path / name)
+        pages.append({path.name: path.read_bytes() for path in written})
+    assert pages[0] == pages[1] and len(pages[0]) > 3
+
+
+def test_results_alone_are_enough(done, place, tmp_path):
+    """Neither run folders nor texts are looked at."""
+    shutil.rmtree(place.out)
+    arguments = ["study", "report", "main", "--recipes", str(tmp_path / "recipes")]
+    arguments += ["--results", str(place.results), "--out", str(tmp_path / "again")]
+    assert main(arguments) == 0
+    assert "chunks" in (tmp_path / "again" / "main.md").read_text()
+
+
+def test_a_result_of_tiny_scale_is_not_taken_for_one(done, place, tmp_path):
+    told = tell(done, place.results, tmp_path / "recipes", "tiny")
+    assert not any(row.results for row in told.rows)
+    table = quality_table(told)
+    assert all(row[2] == "not run" for row in table[1])
+
+
+def test_results_on_different_texts_are_not_compared(done, place, tmp_path):
+    path = place.results / "little" / "chunks-s0.jsonl"
+    first, *rest = path.read_text().splitlines()
+    record = json.loads(first)
+    record["data"]["train"] = "0" * 64
+    path.write_text("\n".join([json.dumps(record), *rest]) + "\n")
+    with pytest.raises(ConfigError, match=r"chunks-s0.* on different tokens"):
+        write_report("main", tmp_path / "recipes", place.results, tmp_path / "report")
+
+
+def test_a_damaged_result_is_named(done, place, tmp_path):
+    path = place.results / "little" / "chunks-s0.jsonl"
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(ConfigError, match=r"chunks-s0\.jsonl is no result file"):
+        write_report("main", tmp_path / "recipes", place.results, tmp_path / "report")
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_shipped_group_reports_from_nothing(group, tmp_path):
+    """Without one result: all is shown as not run, with the paper's numbers."""
+    written = write_report(group, FOLDER, tmp_path / "none", tmp_path / "report")
+    page = written[0].read_text(encoding="utf-8")
+    studies = [load_study(path) for path in find_recipes(FOLDER).values()]
+    for study in studies:
+        if group in study.groups:
+            rows = _rows(page, study.name)
+            assert set(study.variants) <= set(rows)
+            for variant in study.variants:
+                assert "not run" in rows[variant]
+    assert len(written) == 1  # no plot
+
+
+def test_every_number_of_the_paper_is_named_by_a_recipe():
+    numbers = json.loads((FOLDER / "paper" / "numbers.json").read_text())["runs"]
+    named = {
+        key for path in find_recipes(FOLDER).values() for key in load_study(path).paper.values()
+    }
+    assert named == set(numbers)
+
+
+def test_a_shipped_study_end_to_end_at_tiny_scale(tmp_path, capsys):
+    folders = ["--results", str(tmp_path / "results")]
+    recipe = tmp_path / "recall.json"
+    save_json(load_study(FOLDER / "recall.yaml"), recipe)
+    run = [
+        "study",
+        "run",
+        str(recipe),
+        "--scale",
+        "tiny",
+        *folders,
+        "--out",
+        str(tmp_path / "runs"),
+    ]
+    assert main([*run, "--only", "*-P8"]) == 0
+    assert "recall at tiny scale: 3 of 3 runs are done (3 now)" in capsys.readouterr().out
+    report = ["study", "report", "memory", "--scale", "tiny", "--recipes", str(FOLDER)]
+    assert main([*report, *folders, "--out", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "memory.md").read_text(encoding="utf-8")
+    rows = _rows(page, "recall")
+    assert rows["heads-P8"][3].endswith("%") and rows["chunk-P4"][3] == "not run"
+    assert "say nothing about the models" in page
+    assert (tmp_path / "report" / "memory-recall-recall.svg").exists()
+
+
+def test_columns_that_are_empty_are_left_out():
+    table = markdown((["a", "b", "c"], [["1", "", "x"], ["2", "", ""]]))
+    assert table.splitlines() == ["| a | c |", "| --- | --: |", "| 1 | x |", "| 2 |  |"]
