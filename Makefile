@@ -5,18 +5,21 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
 
-.PHONY: demo test check format lock clean
+.PHONY: demo test check docs format lock clean
 
 demo: $(READY)          ## train Attamba and a transformer on Python's own source, compare, report
 	$(BIN)/attamba demo
 
-test: check             ## lint, format, types, tests
+test: check docs        ## lint, format, types, documentation, tests
 	$(BIN)/python -m pytest
 
 check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(DEV)            ## the documentation's site, into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(DEV)
 	$(BIN)/ruff check --fix .
@@ -50,4 +53,4 @@ lock:                   ## resolve both locks anew (needs uv)
 	mv requirements-dev.lock.new requirements-dev.lock
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) runs site .mypy_cache .ruff_cache .pytest_cache .hypothesis

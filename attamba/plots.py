@@ -1,18 +1,18 @@
 """Pictures of what a model sees and keeps. Needs matplotlib: pip install 'attamba[plot]'.
 
-`python -m attamba.plots OUT` draws the README's picture. Chunk ends and visibility are asked of
-the model's own policy and rule, never drawn from memory.
+Chunk ends and visibility are asked of the model's own policy and rule, never drawn from memory.
+The documentation's pictures, made of these: attamba.pictures.
 """
 
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attamba.config import AttambaMixer, ModelConfig
+from attamba.mixers import attends
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,10 +22,24 @@ if TYPE_CHECKING:
 WINDOW, PAST, SINK, HIDDEN = "#4C86C6", "#E8963A", "#2F9E77", "#EDEFF2"
 """Colours that also differ in lightness and for colour-blind eyes."""
 INK, FAINT, PAGE = "#24292F", "#8A929C", "#FFFFFF"
-COLOURS = {"attamba": "#E0782A", "transformer": "#4C86C6"}
+COLOURS = {
+    "attamba": "#E0782A",
+    "transformer": "#4C86C6",
+    "cyclic": "#E0782A",
+    "head_cyclic": "#8E2F1D",
+    "attamba head_cyclic": "#8E2F1D",
+    "cudnn": "#4C86C6",
+    "flash": "#7F9DB9",
+    "efficient": "#A9B4BF",
+    "dense mask": "#6B7280",
+}
 
 NOT_SEEN, IN_WINDOW, IN_PAST, IS_SINK = range(4)
 """What a key is to a query: entries of key_kinds()."""
+
+
+Box = tuple[float, float, float, float]
+"""A rectangle: left, top, width, height, in the axes' own units."""
 
 
 class Curve(NamedTuple):
@@ -55,6 +69,7 @@ def key_kinds(
 
     tokens: int64 [1, T], for boundary "separator". Returns int [T queries, T keys] of NOT_SEEN,
     IN_WINDOW (one by one), IN_PAST (as the end of a chunk), IS_SINK (position 0, from the past).
+    Raises ValueError where the layer has no attention.
     """
     import numpy as np
 
@@ -62,6 +77,8 @@ def key_kinds(
     from attamba.ops.chunking import visible
 
     mixer = config.layer_mixers()[layer_idx]
+    if not attends(mixer):
+        raise ValueError(f"layer_idx={layer_idx} is {mixer.type}, which has no attention to draw")
     if isinstance(mixer, AttambaMixer):
         lead, sink = mixer.leading_tokens, mixer.sink
     else:
@@ -76,25 +93,45 @@ def key_kinds(
     return kinds
 
 
+def draw_cells(ax: Axes, boxes: Sequence[Box], face: str, *, edge: float = 0.0) -> None:
+    """Rectangles of one colour as one shape, which keeps an SVG small; edge: in points."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path as Outline
+
+    if boxes:
+        outlines = [
+            Outline([(x, y), (x + w, y), (x + w, y + h), (x, y + h), (x, y)], closed=True)
+            for x, y, w, h in boxes
+        ]
+        shape = Outline.make_compound_path(*outlines)
+        ax.add_patch(PathPatch(shape, facecolor=face, edgecolor=face, linewidth=edge))
+
+
 def draw_mask(
     ax: Axes, config: ModelConfig, layer_idx: int, seq_len: int, *, title: str = ""
 ) -> None:
     """The attention mask of one layer, queries downwards and keys to the right."""
     kinds = key_kinds(config, layer_idx, seq_len)
+    bars: dict[int, list[Box]] = {kind: [] for kind in (NOT_SEEN, IN_WINDOW, IN_PAST, IS_SINK)}
     for s in range(seq_len):
         t = s
-        for kind, run in itertools.groupby(kinds[s:, s]):
+        for kind, run in itertools.groupby(kinds[s:, s].tolist()):
             length = len(list(run))
-            # A hair of an edge closes the seams that renderers leave between bars.
-            ax.bar(
-                s + 0.5, length, bottom=t, width=1, color=_colour(kind), ec=_colour(kind), lw=0.3
-            )
+            bars[kind].append((s, t, 1, length))
             t += length
+    for kind, boxes in bars.items():
+        # A hair of an edge closes the seams that renderers leave between bars.
+        draw_cells(ax, boxes, colour(kind), edge=0.3)
     cell = ax.bbox.width / ax.figure.dpi * 72 / seq_len  # in points
-    for i in range(seq_len + 1) if cell > 3 else ():
+    if cell > 3:
         # Lines of the page's colour cut the bars into cells, where there is room for them.
-        ax.plot([i, i], [max(0, i - 1), seq_len], color=PAGE, lw=0.16 * cell)
-        ax.plot([0, min(i + 1, seq_len)], [i, i], color=PAGE, lw=0.16 * cell)
+        x: list[float] = []
+        y: list[float] = []
+        pause = float("nan")  # between one line and the next
+        for i in range(seq_len + 1):
+            x += [i, i, pause, 0, min(i + 1, seq_len), pause]
+            y += [max(0, i - 1), seq_len, pause, i, i, pause]
+        ax.plot(x, y, color=PAGE, lw=0.16 * cell)
     ax.set(xlim=(-0.3, seq_len + 0.1), ylim=(seq_len + 0.1, -0.3), aspect="equal", anchor="NW")
     ticks = range(0, seq_len, max(1, seq_len // 4))
     ax.set_xticks([t + 0.5 for t in ticks], [str(t) for t in ticks])
@@ -123,11 +160,11 @@ def draw_cache(
     for y, n in zip(itertools.count(step=pitch), steps):
         row = kinds[n - 1, :n]
         for s in range(n):
-            _cell(ax, s, y, _colour(row[s]))
+            _cell(ax, s, y, colour(row[s]))
         past = [s for s in range(n) if row[s] >= IN_PAST]
         held = past + [s for s in range(n) if row[s] == IN_WINDOW]
         for slot, s in enumerate(held):
-            _cell(ax, slot * scale, y + 1.15, _colour(row[s]), scale)
+            _cell(ax, slot * scale, y + 1.15, colour(row[s]), scale)
             ax.text(
                 (slot + 0.5) * scale,
                 y + 1.15 + scale / 2,
@@ -201,28 +238,6 @@ def draw_dial(
     _axes(ax, "cache (KiB)", y, title)
 
 
-def readme_picture(path: str | Path) -> None:
-    """Write the README's picture: two layers' masks, and the cache as tokens come in."""
-    plt = pyplot()
-    seq_len, chunk, lead = 32, 8, 4
-    config = ModelConfig(
-        dim=64,
-        n_layers=2,
-        mixer={"type": "attamba", "n_heads": 1, "chunk_size": chunk, "leading_tokens": lead},  # type: ignore[arg-type]
-    )
-    with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(12.4, 4.1))
-        grid = figure.add_gridspec(1, 3, width_ratios=(1, 1, 1.36), wspace=0.2)
-        grid.update(left=0.04, right=0.995, top=0.9, bottom=0.12)
-        for layer_idx in range(2):
-            ax = figure.add_subplot(grid[layer_idx])
-            draw_mask(ax, config, layer_idx, seq_len, title=f"What layer {layer_idx + 1} sees")
-        ax = figure.add_subplot(grid[2])
-        draw_cache(ax, config, 0, (8, 16, 24, 32), title="What layer 1 keeps")
-        _legend(ax)
-        save(figure, path)
-
-
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -246,12 +261,13 @@ def save(figure: Figure, path: str | Path) -> None:
     """Write a figure (.svg, .png, ...) and close it; the same figure gives the same SVG."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Date": None} if path.suffix == ".svg" else None
+    metadata = {"Date": None, "Creator": None} if path.suffix == ".svg" else None
     figure.savefig(path, dpi=160, metadata=metadata)
     pyplot().close(figure)
 
 
-def _legend(ax: Axes) -> None:
+def legend(ax: Axes) -> None:
+    """What the colours of masks and caches mean, below an axes."""
     from matplotlib.patches import Patch
 
     entries = (
@@ -282,7 +298,8 @@ def _cell(ax: Axes, x: float, y: float, colour: str, size: float = 1.0) -> None:
     )
 
 
-def _colour(kind: int) -> str:
+def colour(kind: int) -> str:
+    """The colour of an entry of key_kinds()."""
     return {NOT_SEEN: HIDDEN, IN_WINDOW: WINDOW, IN_PAST: PAST, IS_SINK: SINK}[int(kind)]
 
 
@@ -298,7 +315,3 @@ def _axes(ax: Axes, x: str, y: str, title: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25, lw=0.6)
     ax.set_axisbelow(True)
-
-
-if __name__ == "__main__":
-    readme_picture(sys.argv[1] if len(sys.argv) > 1 else "docs/images/mask-and-cache.svg")

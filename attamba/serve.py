@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import attamba.hf
+from attamba.config import ConfigError
 
 
 def serve(checkpoint: str | Path, *, host: str = "localhost", port: int = 8000) -> int:
     """Serve a run folder, a checkpoint folder or an exported one until interrupted; returns 0.
 
-    Raises ImportError where the extra `attamba[serve]` is not installed, and what
-    attamba.hf.export raises for a checkpoint that cannot be exported.
+    Raises ImportError where the extra `attamba[serve]` is not installed, ConfigError for a port
+    that cannot be used and a folder of another architecture, ValueError for weights that cannot be
+    loaded, and what attamba.hf.export raises for a checkpoint that cannot be exported.
     """
     require_serving()
+    check_port(host, port)
     with tempfile.TemporaryDirectory(prefix="attamba-serve-") as room:
         folder = served_folder(Path(checkpoint), Path(room))
         print(
@@ -38,13 +42,38 @@ def require_serving() -> None:
         )
 
 
+def check_port(host: str, port: int) -> None:
+    """Raise ConfigError where nobody can listen there; the server itself would only log it."""
+    if not 1 <= port <= 65535:
+        raise ConfigError(f"--port={port} must be in 1..65535")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = found[0]
+        with socket.socket(family, kind, protocol) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            trial.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"--host={host} --port={port} cannot be listened on ({error.strerror}); name another "
+            f"port, or stop what uses it"
+        ) from error
+
+
 def served_folder(checkpoint: Path, room: Path) -> Path:
-    """The folder to serve: an exported one as it is, a checkpoint exported into `room`."""
+    """The folder to serve: an exported one as it is, a checkpoint exported into `room`.
+
+    Raises ConfigError for another architecture's folder.
+    """
     try:
         config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = {}
     if "model_type" in config:
+        if config["model_type"] != attamba.hf.AttambaConfig.model_type:
+            raise ConfigError(
+                f"{checkpoint} is of the architecture {config['model_type']!r}, not 'attamba'; "
+                f"serve it with: transformers serve"
+            )
         return checkpoint.resolve()
     from attamba.hf.export import export
 

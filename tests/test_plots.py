@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,15 +60,24 @@ def test_kinds_of_a_transformer(window: int | None) -> None:
     assert (kinds == np.where(seen, IN_WINDOW, NOT_SEEN)).all()
 
 
-def test_readme_picture_is_one_svg_that_does_not_change(tmp_path: Path) -> None:
-    for name in ("a.svg", "b.svg"):
-        plots.readme_picture(tmp_path / name)
-    first = (tmp_path / "a.svg").read_text()
-    assert first == (tmp_path / "b.svg").read_text()
-    root = ElementTree.fromstring(first)
-    assert root.tag.endswith("svg")
-    for colour in (plots.WINDOW, plots.PAST, plots.SINK, plots.HIDDEN):
-        assert colour.lower() in first
+def test_a_mask_is_drawn_as_the_rule_has_it() -> None:
+    plt = plots.pyplot()
+    figure, ax = plt.subplots()
+    plots.draw_mask(ax, config(), 0, 40)
+    kinds = plots.key_kinds(config(), 0, 40)
+    for kind in (NOT_SEEN, IN_WINDOW, IN_PAST, IS_SINK):
+        (patch,) = [p for p in ax.patches if _hex(p) == plots.colour(kind)]
+        corners = patch.get_path().vertices.reshape(-1, 5, 2)
+        # Each bar is a cell wide, so that areas count cells.
+        sides = corners[:, 2] - corners[:, 0]
+        assert sides.prod(axis=1).sum() == np.tril(kinds == kind).sum()
+    plt.close(figure)
+
+
+def _hex(patch: Any) -> str:
+    from matplotlib.colors import to_hex
+
+    return to_hex(patch.get_facecolor()).upper()
 
 
 def test_curves_and_dial_are_drawn() -> None:

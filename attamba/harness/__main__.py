@@ -6,6 +6,13 @@
 
 Every option is the harness's. Local tasks are known unless --include_path or --config names
 others.
+
+The harness (0.4.13) offers packages no way to name a model for its command `lm_eval`, so that this
+command stands beside it. `lm_eval` itself takes an exported folder; for tasks that score whole
+texts, such as wikitext, add_bos_token=False keeps it from scoring a second separator:
+
+    attamba export runs/first exported --trust-remote-code
+    lm_eval --model hf --model_args pretrained=exported,trust_remote_code=True --tasks hellaswag
 """
 
 from __future__ import annotations

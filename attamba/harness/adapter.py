@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from attamba.config import parse_overrides
 from attamba.data import Tokenizer
-from attamba.evaluate import LOGITS
+from attamba.evaluate import LOGITS, filling
 from attamba.generation import stream
 from attamba.models import Decoder
 from attamba.train.checkpoint import load, read_config
@@ -209,7 +209,7 @@ class AttambaLM(TemplateLM):
             yield order[begin : begin + self.batch_size]
 
     def _forward(self, rows: list[_Row]) -> list[Score]:
-        """Score B rows. Shorter ones are filled up at the right: nothing looks there."""
+        """Score B rows. Shorter ones are filled up at the right, where nothing looks."""
         longest = max(len(row.ids) for row in rows) - 1
         inputs = torch.zeros(len(rows), longest, dtype=torch.long)
         targets = torch.zeros_like(inputs)
@@ -219,7 +219,9 @@ class AttambaLM(TemplateLM):
             inputs[i, :n] = torch.tensor(ids[:-1])
             targets[i, :n] = torch.tensor(ids[1:])
             keep[i, n - scored : n] = True
-        hidden = self.model(inputs.to(self._device), return_hidden=True)[keep.to(self._device)]
+        doc_ids = filling(self.model, [len(row.ids) - 1 for row in rows], longest)
+        hidden = self.model(inputs.to(self._device), doc_ids=doc_ids, return_hidden=True)
+        hidden = hidden[keep.to(self._device)]
         log_p, greedy = self._log_p(hidden, targets[keep].to(self._device))
         counts = [row.scored for row in rows]
         return [

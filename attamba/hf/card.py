@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from attamba.config import (
-    AttambaMixer,
-    ConfigError,
-    Mixer,
-    ModelConfig,
-    RunConfig,
-    TransformerMixer,
-)
+from attamba.config import AttambaMixer, Mixer, ModelConfig, RunConfig, TransformerMixer
 from attamba.data import Tokenizer
 from attamba.display import format_bytes
+from attamba.hf.scores import Scores, read_scores, score
+from attamba.mixers import attends
 from attamba.models import Decoder
 from attamba.models.accounting import cache_bytes, n_parameters
+from attamba.models.mixer_costs import kv_width
 from attamba.train.checkpoint import read_config, read_state
 from attamba.train.metrics import read_metrics
 
@@ -31,6 +28,8 @@ tags:
 ---
 """
 
+TASKS = "## Tasks of the lm-evaluation-harness\n\n"
+
 
 def model_card(
     checkpoint: Path,
@@ -39,9 +38,10 @@ def model_card(
     evals: Sequence[str | Path],
     remote_code: bool,
 ) -> str:
-    """The text of README.md. Raises ConfigError for an eval file without a score."""
+    """The text of README.md. Raises ConfigError as read_scores does."""
     run, state = read_config(checkpoint), read_state(checkpoint)
     config = decoder.config
+    scores = read_scores(state["step"], evals)
     itemsize = decoder.embed.weight.element_size()
     parts = [
         FRONT,
@@ -51,7 +51,8 @@ def model_card(
         "## Use\n\n" + _usage(remote_code),
         "## Architecture\n\n" + _table(["", ""], _architecture(config, tokenizer)),
         "## Data and training\n\n" + _table(["", ""], _training(run, state)),
-        "## Measured perplexity\n\n" + _scores(checkpoint, state["step"], evals),
+        "## Measured perplexity\n\n" + _perplexity(checkpoint, state["step"], scores),
+        *([TASKS + _table(["task", "measure", "value", ""], scores.tasks)] if scores.tasks else []),
         "## Decode cache of one sequence\n\n" + _cache(config, itemsize),
     ]
     return "\n\n".join(parts) + "\n"
@@ -75,22 +76,29 @@ def _architecture(config: ModelConfig, tokenizer: Tokenizer) -> list[list[str]]:
     return [
         ["parameters", f"{n_parameters(config):,}"],
         ["layers, width", f"{config.n_layers}, {config.dim}"],
-        *(["mixer", _describe(mixer)] for mixer in mixers),
+        *(["mixer", _describe(mixer, config.dim)] for mixer in mixers),
         ["vocabulary", f"{config.vocab_size:,} ({tokenizer.kind} tokenizer)"],
     ]
 
 
-def _describe(mixer: Mixer) -> str:
-    heads = f"{mixer.n_heads} query and {mixer.n_kv_heads or mixer.n_heads} key/value heads"
+def _describe(mixer: Mixer, dim: int) -> str:
     if isinstance(mixer, TransformerMixer):
         seen = "all earlier tokens" if mixer.window is None else f"a window of {mixer.window}"
-        return f"transformer: {heads}, {seen}"
-    assert isinstance(mixer, AttambaMixer)
-    lead = "all" if mixer.leading_tokens is None else mixer.leading_tokens
-    return (
-        f"attamba: {heads}, P = {mixer.chunk_size} tokens per chunk, L = {lead} leading tokens, "
-        f"boundary {json.dumps(mixer.boundary)}, state over the {mixer.ssm_scope}"
-    )
+        return f"transformer: {_heads(mixer)}, {seen}"
+    if isinstance(mixer, AttambaMixer):
+        lead = "all" if mixer.leading_tokens is None else mixer.leading_tokens
+        return (
+            f"attamba: {_heads(mixer)}, P = {mixer.chunk_size} tokens per chunk, L = {lead} "
+            f"leading tokens, boundary {json.dumps(mixer.boundary)}, compressor "
+            f"{mixer.compressor}, state over the {mixer.ssm_scope}"
+        )
+    options = dataclasses.asdict(mixer)
+    shown = [f"{k} {v}" for k, v in options.items() if k not in ("type", "backend") and v]
+    return f"{mixer.type}: {', '.join([f'inner width {mixer.inner(dim)}', *shown])}"
+
+
+def _heads(mixer: AttambaMixer | TransformerMixer) -> str:
+    return f"{mixer.n_heads} query and {mixer.n_kv_heads or mixer.n_heads} key/value heads"
 
 
 def _training(run: RunConfig, state: dict[str, Any]) -> list[list[str]]:
@@ -102,43 +110,19 @@ def _training(run: RunConfig, state: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def _scores(checkpoint: Path, step: int, evals: Sequence[str | Path]) -> str:
+def _perplexity(checkpoint: Path, step: int, scores: Scores) -> str:
     rows = []
     metrics = checkpoint.resolve().parent.parent / "metrics.jsonl"
     if metrics.is_file():
         valid = [r for r in read_metrics(metrics) if r.get("kind") == "valid" and r["step"] <= step]
         if valid:
             last = valid[-1]
-            what = f"held out in training, at step {last['step']:,}"
-            bits = last.get("valid_bits_per_byte")
-            rows.append([what, f"{math.exp(last['valid_loss']):.4g}", _number(bits)])
-    for path in evals:
-        record, result = _eval(Path(path))
-        data = record.get("data")
-        names = data if isinstance(data, str) else ", ".join(Path(name).name for name in data or [])
-        changed = "".join(f", {override}" for override in record.get("overrides") or [])
-        context = f"context {result.get('context') or 'whole document'}"
-        score = [f"{result['perplexity']:.4g}", _number(result.get("bits_per_byte"))]
-        rows.append([f"{names} ({context}{changed})", *score])
+            cells = score(math.exp(last["valid_loss"]), last.get("valid_bits_per_byte"))
+            rows.append([f"held out in training, at step {last['step']:,}", *cells])
+    rows += scores.texts
     if not rows:
         return "None was measured (`attamba eval --json`, `attamba export --eval`)."
     return _table(["on", "perplexity per token", "bits per byte"], rows)
-
-
-def _eval(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        float(record["result"]["perplexity"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path} holds no score ({error!r}); give a file that `attamba eval --json` wrote "
-            f"without --sweep"
-        ) from error
-    return record, record["result"]
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def _cache(config: ModelConfig, itemsize: int) -> str:
@@ -159,11 +143,15 @@ def _cache(config: ModelConfig, itemsize: int) -> str:
 
 
 def _full_attention_bytes(config: ModelConfig, itemsize: int) -> int:
-    """Bytes per token of keys and values that are all kept, in all layers."""
-    return sum(
-        2 * (m.n_kv_heads or m.n_heads) * (m.head_dim or config.dim // m.n_heads) * itemsize
-        for m in config.layer_mixers()
-    )
+    """Bytes per token of keys and values that are all kept, in all layers.
+
+    With the layers' own heads; a layer without any counts as wide as the model.
+    """
+    widths = [
+        kv_width(mixer, config.dim) if attends(mixer) else config.dim
+        for mixer in config.layer_mixers()
+    ]
+    return 2 * itemsize * sum(widths)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -82,5 +82,6 @@ class AttambaConfig(PreTrainedConfig):
 
     @property
     def num_attention_heads(self) -> int:
-        """Query heads of the first layer, which some tools ask for."""
-        return self.to_model_config().layer_mixers()[0].n_heads
+        """Query heads of the first layer that has some, which a few tools ask for; 0 for none."""
+        mixers = self.to_model_config().layer_mixers()
+        return next((m.n_heads for m in mixers if hasattr(m, "n_heads")), 0)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,16 +48,17 @@ def export(
 
     checkpoint: a run folder (its newest checkpoint) or a checkpoint folder.
     out: a folder that does not exist yet, or is empty.
-    evals: files of `attamba eval --json`, whose scores go into the model card.
+    evals: files of `attamba eval --json`, on text or tasks, whose scores go into the model card.
     max_shard_size: of a weight file.
     remote_code: put the model's code into the folder, for machines without this package.
 
-    Raises ConfigError for an `out` in use or an unusable eval file, CheckpointError as load does,
-    DataError for a tokenizer that transformers cannot reproduce.
+    Raises ConfigError for an `out` in use, a size that is none and an unusable eval file,
+    CheckpointError as load does, DataError for a tokenizer that transformers cannot reproduce.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty; name another folder, or delete it")
+    _check_size(max_shard_size)
     folder = find_checkpoint(checkpoint)
     decoder, tokenizer = load(folder, dtype=_dtype_of(folder))
     model = AttambaForCausalLM.from_decoder(decoder, **_special_ids(tokenizer))
@@ -118,6 +120,11 @@ def import_folder(
         seconds=training.get("seconds", 0.0),
         data=training.get("data"),
     )
+
+
+def _check_size(text: str) -> None:
+    if not re.fullmatch(r"[1-9]\d*\s*[KMGT]B", text, re.IGNORECASE):
+        raise ConfigError(f"max_shard_size={text} is not a size; say it as 500MB or 5GB")
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -48,21 +49,28 @@ class AttambaPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
         """As the base class.
 
-        Raises ValueError for weights that are missing, left over or of another shape, and for a
-        device_map over several devices.
+        Raises ValueError for weights that are missing, left over, damaged or of another shape, and
+        for a device_map over several devices or a disk.
         """
         wanted = kwargs.pop("output_loading_info", False)
         tolerant = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
-            name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"{name}: the weights are damaged ({error}); export the model again, or restore "
+                f"the file"
+            ) from error
         _check_weights(name, info, tolerant)
         devices = set(getattr(model, "hf_device_map", {}).values())
-        if len(devices) > 1:
+        if len(devices) > 1 or "disk" in devices:
             names = ", ".join(sorted(map(str, devices)))
             raise ValueError(
-                f"device_map spreads the model over {names}, but its layers share positions and a "
-                f"cache; give one device that it fits on, e.g. device_map='cuda:0' or 'cpu'"
+                f"device_map puts the model on {names}, but its layers share positions and a cache "
+                f"and read each other's weights, on one device and in memory; give one device that "
+                f"it fits on, e.g. device_map='cuda:0' or 'cpu'"
             )
         return (model, info) if wanted else model
 

@@ -25,6 +25,13 @@ MIXERS = {
     "transformer": {"type": "transformer", "n_heads": 4, "n_kv_heads": 2},
     "sliding": {"type": "transformer", "n_heads": 4, "window": 5},
     "hybrid": [ATTAMBA, {"type": "transformer", "n_heads": 4}],
+    "gated": {**ATTAMBA, "compressor": "gated"},
+    "recurrent": [{"type": "mamba2", "head_dim": 16, "state_dim": 4}, {"type": "hawk"}],
+    "mamba2": {"type": "mamba2", "state_dim": 4},
+    "mingru": {"type": "mingru"},
+    "minlstm": {"type": "minlstm"},
+    "hawk": {"type": "hawk"},
+    "recurrent hybrid": [{"type": "hawk"}, ATTAMBA],
 }
 
 

@@ -168,11 +168,80 @@ def test_model_card(make_run, tmp_path):
     assert "import attamba.hf" in card and "far/away" not in card
 
 
-def test_bad_eval_file(make_run, tmp_path):
-    (tmp_path / "eval.json").write_text('{"rows": []}')
-    with pytest.raises(ConfigError, match="holds no score"):
+def test_scores_on_tasks(make_run, tmp_path):
+    checkpoint = make_run()
+    results = {
+        "books_bpb": {"alias": "books_bpb", "bits_per_byte,none": 1.75,
+                      "bits_per_byte_stderr,none": "N/A"},
+        "piqa": {"alias": "piqa", "acc,none": 0.5125, "acc_stderr,none": 0.0375,
+                 "exact_match,strict": 0.25, "broken,none": float("nan")},
+    }  # fmt: skip
+    record = {
+        "checkpoint": str(checkpoint),
+        "overrides": ["mixer.chunk_size=16"],
+        "context": 48,
+        "results": results,
+        "n-shot": {"books_bpb": 0, "piqa": 5},
+        "n-samples": {"books_bpb": {"original": 3, "effective": 3},
+                      "piqa": {"original": 1838, "effective": 100}},
+    }  # fmt: skip
+    (tmp_path / "tasks.json").write_text(json.dumps(record))
+    card = (
+        export(checkpoint, tmp_path / "hf", evals=[tmp_path / "tasks.json"]) / "README.md"
+    ).read_text()
+    how = "context 48, mixer.chunk_size=16 |"
+    sampled = "context 48, 5-shot, 100 of 1,838 documents, mixer.chunk_size=16 |"
+    assert f"| books_bpb | bits_per_byte | 1.7500 | {how}" in card
+    assert f"| piqa | acc | 0.5125 ± 0.0375 | {sampled}" in card
+    assert f"| piqa | exact_match (strict) | 0.2500 | {sampled}" in card
+    assert "broken" not in card and "None was measured" in card
+
+
+def test_what_eval_writes_is_read(make_run, tmp_path, capsys):
+    """Files of the commands themselves: on text, and on a task of the harness."""
+    pytest.importorskip("lm_eval")
+    checkpoint = make_run()
+    (tmp_path / "text.txt").write_text("some text to score, and more of it")
+    files = [str(tmp_path / name) for name in ("text.json", "tasks.json")]
+    score = ["eval", str(checkpoint), "--device", "cpu", "--json"]
+    assert main([*score, files[0], "--data", str(tmp_path / "text.txt")]) == 0
+    assert main([*score, files[1], "--tasks", f"books_bpb={tmp_path}/text.txt"]) == 0
+    capsys.readouterr()
+    evals = ["--eval", files[0], "--eval", files[1]]
+    assert main(["export", str(checkpoint), str(tmp_path / "hf"), *evals]) == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    bits = json.loads((tmp_path / "text.json").read_text())["result"]["bits_per_byte"]
+    assert re.search(rf"\| text.txt \(context 64\) \| \S+ \| {bits:.4f} \|", card)
+    assert f"| books_bpb | bits_per_byte | {bits:.4f} | context 64 |" in card
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"rows": []}', "holds no score"),
+        ('{"result": {"perplexity": null}}', "holds no score"),
+        ('{"results": {}}', "holds no score"),
+        ('{"results": {"piqa": {"alias": "piqa"}}}', "holds no score"),
+        ('{"results": 3}', "holds no score"),
+        ("[]", "holds no score"),
+        ("no json", "holds no score.*with --tasks or without, but not with --sweep"),
+        (
+            '{"checkpoint": "runs/a/checkpoints/step-00000006", "result": {"perplexity": 2.0}}',
+            "was measured at step 6, but step 7 is exported",
+        ),
+    ],
+)
+def test_bad_eval_file(make_run, tmp_path, text, message):
+    (tmp_path / "eval.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
         export(make_run(), tmp_path / "hf", evals=[tmp_path / "eval.json"])
     assert not (tmp_path / "hf").exists()
+
+
+def test_an_eval_file_that_is_not_there(make_run, tmp_path, capsys):
+    arguments = [str(make_run()), str(tmp_path / "hf"), "--eval", str(tmp_path / "none.json")]
+    assert main(["export", *arguments]) == 2
+    assert "none.json: No such file" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------
@@ -188,6 +257,12 @@ def test_a_folder_in_use(make_run, tmp_path):
         export(checkpoint, tmp_path / "hf")
     (tmp_path / "hf" / "notes").unlink()
     export(checkpoint, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("size", ["banana", "0GB", "5", "-1GB", "1.5GB"])
+def test_sizes_that_are_none(make_run, tmp_path, size):
+    with pytest.raises(ConfigError, match=f"max_shard_size={size} is not a size"):
+        export(make_run(), tmp_path / "hf", max_shard_size=size)
 
 
 @pytest.mark.parametrize(

@@ -81,23 +81,34 @@ def test_beams(name):
     agree(model, ids, attention_mask=mask, num_beams=3, num_return_sequences=2)
 
 
-@pytest.mark.parametrize("name", ["cyclic", "separator", "sliding"])
-@pytest.mark.parametrize("size", [1, 4, 50])
-def test_chunked_prefill(name, size):
-    _, model = build(MIXERS[name])
-    _, ids, mask = padded([20, 9])
-    whole = generate(model, ids, attention_mask=mask)
-    assert torch.equal(generate(model, ids, attention_mask=mask, prefill_chunk_size=size), whole)
+@pytest.mark.parametrize("name", ["cyclic", "separator", "sliding", "recurrent hybrid"])
+def test_chunked_prefill(name):
+    decoder, model = build(MIXERS[name])
+    rows, ids, mask = padded([20, 9])
+    whole = generate(model, ids, attention_mask=mask, use_cache=False)
+    for size in (1, 4, 50):
+        got = generate(model, ids, attention_mask=mask, prefill_chunk_size=size)
+        assert torch.equal(got, whole), size
+        alone = attamba.generate(decoder, rows, max_new_tokens=NEW, prefill_chunk=size)
+        for row, want in zip(got, alone):
+            assert torch.equal(row[-len(want) :], want), size
 
 
-@pytest.mark.parametrize("name", ["cyclic", "jitter", "transformer"])
+@pytest.mark.parametrize("name", ["cyclic", "jitter", "transformer", "recurrent hybrid"])
 def test_from_embeddings(name):
     _, model = build(MIXERS[name])
     ids = prompt()
-    embeds = model.get_input_embeddings()(ids)
-    set_seed(0)
-    new = model.generate(inputs_embeds=embeds, max_new_tokens=NEW, pad_token_id=0)
+    options = {"inputs_embeds": model.get_input_embeddings()(ids), "max_new_tokens": NEW}
+    new = model.generate(**options, pad_token_id=0)
+    assert torch.equal(new, model.generate(**options, pad_token_id=0, use_cache=False))
     assert torch.equal(new, generate(model, ids)[:, ids.shape[1] :])
+
+
+def test_boundaries_that_look_at_ids_need_them():
+    _, model = build(MIXERS["separator"])
+    embeds = model.get_input_embeddings()(prompt())
+    with pytest.raises(ValueError, match="which inputs_embeds does not give"):
+        model.generate(inputs_embeds=embeds, max_new_tokens=2, pad_token_id=0)
 
 
 def test_ended_rows():

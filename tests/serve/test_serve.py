@@ -48,9 +48,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(checkpoint, tmp_path_factory):
     """(url, model) of `attamba serve` in a process of its own, until the tests are done."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("home") / "log.txt"
     with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen(
@@ -66,6 +64,12 @@ def server(checkpoint, tmp_path_factory):
     yield url, re.search(r"transformers chat (\S+) ", log.read_text())[1]
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == INTERRUPTED, log.read_text()
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def answers(url):
@@ -146,6 +150,38 @@ def test_an_exported_folder_is_served_as_it_is(checkpoint, tmp_path):
     first = served_folder(checkpoint, tmp_path)
     assert first == tmp_path / checkpoint.name
     assert served_folder(first, tmp_path / "room") == first
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536])
+def test_ports_that_are_none(checkpoint, port, capsys):
+    assert main(["serve", str(checkpoint), f"--port={port}"]) == 2
+    assert f"--port={port} must be in 1..65535" in capsys.readouterr().err
+
+
+def test_a_port_in_use(checkpoint, capsys):
+    with socket.socket() as other:
+        other.bind(("localhost", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert main(["serve", str(checkpoint), "--host=127.0.0.1", f"--port={port}"]) == 2
+    assert (
+        f"--port={port} cannot be listened on (Address already in use)" in capsys.readouterr().err
+    )
+
+
+def test_folders_that_cannot_be_served(checkpoint, tmp_path, capsys):
+    from transformers import LlamaConfig
+
+    from attamba.serve import served_folder
+
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    assert main(["serve", str(tmp_path / "llama"), "--port", str(free_port())]) == 2
+    assert "is of the architecture 'llama', not 'attamba'" in capsys.readouterr().err
+    folder = served_folder(checkpoint, tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert main(["serve", str(folder), "--port", str(free_port())]) == 2
+    assert "the weights are damaged" in capsys.readouterr().err
 
 
 def test_without_the_servers_packages(checkpoint, monkeypatch, capsys):
