@@ -1,7 +1,8 @@
 """Run configuration: dataclass defaults < YAML file < ``key=value`` arguments.
 
-This module knows names, types and ranges; it imports no model code. What a boundary policy's
-options mean is known by ``attamba.ops.chunking`` alone and is checked when a model is built.
+This module knows names, types and ranges, those of the mixers from ``attamba.mixers``; it imports
+no model code. What a boundary policy's options mean is known by ``attamba.ops.chunking`` alone and
+is checked when a model is built.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
@@ -17,113 +19,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union
 
-Backend = Literal["auto", "torch", "triton", "reference"]
+from attamba.mixers import MIXERS, AttambaMixer, ConfigError, Mixer, TransformerMixer
+from attamba.mixers import at_least as _at_least
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the text names the field, the value and the remedy."""
-
-
-# --------------------------------------------------------------------------------------------
-# Mixers: the part of a layer that mixes over time
-# --------------------------------------------------------------------------------------------
-
-
-@dataclass(kw_only=True)
-class TransformerMixer:
-    """Softmax attention over per-token keys and values."""
-
-    type: Literal["transformer"] = "transformer"
-    n_heads: int = 8
-    """H, query heads."""
-    n_kv_heads: int | None = None
-    """G, key/value heads; divides n_heads. Default: n_heads."""
-    head_dim: int | None = None
-    """D, width of a head (even). Default: dim / n_heads. Smaller: reduced attention width."""
-    window: int | None = None
-    """Keys a query sees, ITSELF INCLUDED (a sliding window). Default: all earlier tokens."""
-    backend: Backend = "auto"
-    """How attention is computed; see attamba.ops."""
-
-    def validate(self, dim: int, where: str) -> None:
-        _check_heads(self, dim, where)
-        if self.window is not None:
-            _at_least(self.window, 1, f"{where}.window")
-
-
-@dataclass(kw_only=True)
-class AttambaMixer:
-    """Attention over chunk states plus the last tokens (arXiv 2411.17685)."""
-
-    type: Literal["attamba"] = "attamba"
-    n_heads: int = 8
-    """H, query heads."""
-    n_kv_heads: int | None = None
-    """G, key/value heads; divides n_heads. Default: n_heads. Fewer need kv_proj."""
-    head_dim: int | None = None
-    """D, width of a head (even). Default: dim / n_heads. Without kv_proj, G * D must be dim."""
-    chunk_size: int = 8
-    """P, tokens per chunk (the mean, for policies of variable length)."""
-    leading_tokens: int | None = 64
-    """L, EARLIER tokens that a query sees one by one, besides itself. null: all of them."""
-    boundary: str | dict[str, Any] = "cyclic"
-    """Boundary policy: a name, or {"type": name, option: value, ...}; see ops.chunking."""
-    ssm_scope: Literal["chunk", "sequence"] = "chunk"
-    """Does the compressor's state start afresh with each chunk, or run through?"""
-    sink: bool = True
-    """Position 0 of a document is a chunk of its own."""
-    kv_proj: bool = False
-    """Linear map on the path around the compressor (r in k = r(u) + SSM(u)); else identity."""
-    state_dim: int = 32
-    """N, SSM state per channel."""
-    ssm_dim: int | None = None
-    """E, inner width of each compressor. Default: dim / 2."""
-    ssm_heads: int = 8
-    """S, SSM heads; divides ssm_dim."""
-    conv_width: int = 4
-    """Taps of the causal convolution, the current token's included."""
-    backend: Backend = "auto"
-    """How attention and scan are computed; see attamba.ops."""
-
-    def validate(self, dim: int, where: str) -> None:
-        _check_heads(self, dim, where)
-        _at_least(self.chunk_size, 1, f"{where}.chunk_size")
-        if self.leading_tokens is not None:
-            _at_least(
-                self.leading_tokens, 0, f"{where}.leading_tokens", "; null means all earlier tokens"
-            )
-        for name in ("state_dim", "ssm_heads", "conv_width"):
-            _at_least(getattr(self, name), 1, f"{where}.{name}")
-        heads, width = self.n_kv_heads or self.n_heads, self.head_dim or dim // self.n_heads
-        if not self.kv_proj and heads * width != dim:
-            raise ConfigError(
-                f"{where}: n_kv_heads * head_dim = {heads} * {width} = {heads * width} must equal "
-                f"dim = {dim} when kv_proj is false, because keys and values are the hidden state "
-                f"itself plus the compressor's output; set {where}.kv_proj=true or fit the heads"
-            )
-        if self.ssm_dim is not None:
-            _at_least(self.ssm_dim, 1, f"{where}.ssm_dim")
-        if (self.ssm_dim or dim // 2) % self.ssm_heads:
-            raise ConfigError(
-                f"{where}.ssm_heads={self.ssm_heads} does not divide "
-                f"ssm_dim={self.ssm_dim or dim // 2}"
-            )
-        policy = self.boundary if isinstance(self.boundary, str) else self.boundary.get("type")
-        if policy is None:
-            raise ConfigError(f'{where}.boundary={self.boundary} needs a "type"')
-        if policy == "head_cyclic" and self.ssm_scope != "sequence":
-            raise ConfigError(
-                f"{where}.boundary=head_cyclic needs {where}.ssm_scope=sequence (each head has "
-                f"its own chunk ends, so states must not depend on them)"
-            )
-
-
-Mixer = AttambaMixer | TransformerMixer
-MIXERS: dict[str, type[AttambaMixer] | type[TransformerMixer]] = {
-    "attamba": AttambaMixer,
-    "transformer": TransformerMixer,
-}
-
+__all__ = [
+    "MIXERS",
+    "AttambaMixer",
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "Mixer",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "TrainConfig",
+    "TransformerMixer",
+    "apply_overrides",
+    "from_dict",
+    "load_run_config",
+    "override_model",
+    "parse_overrides",
+    "read_tree",
+    "to_dict",
+]
 
 # --------------------------------------------------------------------------------------------
 # Model, data, optimisation, run
@@ -187,6 +106,8 @@ class DataConfig:
 
     train: str | list[str] = ""
     """A folder made by `attamba data prepare`, or text files and folders (prepared on the fly)."""
+    generate: dict[str, Any] | None = None
+    """A task to make rows of instead of text: {"type": "recall", ...}; see data.generated."""
     valid: str | list[str] | None = None
     """As train. Default: the last valid_fraction of the training tokens is held out."""
     valid_fraction: float = 0.02
@@ -205,6 +126,11 @@ class DataConfig:
         _at_least(self.batch_size, 1, "data.batch_size")
         if not 0 <= self.valid_fraction < 1:
             raise ConfigError(f"data.valid_fraction={self.valid_fraction} must be in [0, 1)")
+        if self.generate is not None and (self.train or self.valid):
+            raise ConfigError(
+                f"data.generate={self.generate} makes its own rows, so data.train and data.valid "
+                f"would have no effect; give one or the other"
+            )
 
 
 @dataclass(kw_only=True)
@@ -253,6 +179,8 @@ class TrainConfig:
     """bfloat16: autocast; weights and optimizer stay float32."""
     compile: bool = False
     """torch.compile the model."""
+    chunk_sizes: list[int] | None = None
+    """P of each step, drawn from these: one model for many P. Default: the mixer's own."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     eval_every: int = 250
@@ -273,6 +201,11 @@ class TrainConfig:
             _at_least(getattr(self, name), 1, f"train.{name}")
         for name in ("eval_every", "save_every", "seed"):
             _at_least(getattr(self, name), 0, f"train.{name}")
+        if self.chunk_sizes is not None:
+            if not self.chunk_sizes:
+                raise ConfigError("train.chunk_sizes=[] is empty; name one size, or leave it out")
+            for size in self.chunk_sizes:
+                _at_least(size, 1, "train.chunk_sizes")
 
 
 @dataclass(kw_only=True)
@@ -295,6 +228,46 @@ class EvalConfig:
 
 
 @dataclass(kw_only=True)
+class ParallelConfig:
+    """How the ranks that torchrun starts share the work, and what each keeps in memory.
+
+    The product of replicate, shard, tensor and context is the number of ranks.
+    """
+
+    replicate: int = 1
+    """Copies of the model, each with rows of its own."""
+    shard: int = -1
+    """Ranks that share the parameters, gradients and optimizer of a copy; -1: all that are left."""
+    tensor: int = 1
+    """Ranks that share the heads of a layer; not built yet, so 1."""
+    context: int = 1
+    """Ranks that share the tokens of a row; not built yet, so 1."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes anew: nothing, all of a layer but its matrix products, or
+    whole layers."""
+    gather_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the parameters that ranks send each other. bfloat16 halves the traffic and rounds gains
+    and decay rates too; it needs train.dtype=bfloat16."""
+    hang_timeout: float = 600.0
+    """Seconds without progress in the loop after which a run on several ranks names the one that
+    hangs, and ends. Compiling counts, and waiting for a checkpoint."""
+
+    def validate(self) -> None:
+        for name in ("replicate", "tensor", "context"):
+            _at_least(getattr(self, name), 1, f"parallel.{name}")
+        if self.shard != -1:
+            _at_least(self.shard, 1, "parallel.shard", "; -1 means all ranks that are left")
+        for name in ("tensor", "context"):
+            if getattr(self, name) > 1:
+                raise ConfigError(
+                    f"parallel.{name}={getattr(self, name)}: sharing a layer or a row between "
+                    f"ranks is not built yet; set parallel.{name}=1 and use shard and replicate"
+                )
+        if not self.hang_timeout > 0:
+            raise ConfigError(f"parallel.hang_timeout={self.hang_timeout} must be above 0")
+
+
+@dataclass(kw_only=True)
 class RunConfig:
     """Everything that `attamba train` needs."""
 
@@ -305,6 +278,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     SHORTCUTS: ClassVar[dict[str, str]] = {"mixer": "model.mixer"}
     """First parts of keys that may be written without their section."""
@@ -315,11 +289,19 @@ class RunConfig:
         self.optim.validate()
         self.train.validate()
         self.eval.validate()
+        self.parallel.validate()
+        if self.parallel.gather_dtype == "bfloat16" and self.train.dtype != "bfloat16":
+            raise ConfigError(
+                f"parallel.gather_dtype=bfloat16 needs train.dtype=bfloat16, not "
+                f"{self.train.dtype}; set both, or leave it out"
+            )
         if self.data.batch_size % self.train.accumulate:
             raise ConfigError(
                 f"train.accumulate={self.train.accumulate} does not divide "
                 f"data.batch_size={self.data.batch_size}"
             )
+        if self.train.chunk_sizes is not None:
+            _check_chunk_sizes(self.train.chunk_sizes, self.model.layer_mixers())
 
 
 # --------------------------------------------------------------------------------------------
@@ -335,19 +317,32 @@ def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> R
     Raises ConfigError for an unknown key (naming the nearest), a value of the wrong type, or
     fields that do not fit together; FileNotFoundError for a missing file.
     """
-    yaml = _yaml()
-
-    tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path} must hold keys and values, not {type(tree).__name__}")
+    tree = {} if path is None else read_tree(path)
     config = from_dict(RunConfig, apply_overrides(tree, parse_overrides(overrides)))
     config.validate()
     return config
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, or of a .json one, for which pyyaml is not needed.
+
+    Raises ConfigError for what is neither; FileNotFoundError for a missing file.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    if Path(path).suffix == ".json":
+        try:
+            tree = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    else:
+        yaml = _yaml()
+        try:
+            tree = yaml.safe_load(text) or {}
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold keys and values, not {type(tree).__name__}")
+    return tree
 
 
 def _yaml() -> types.ModuleType:
@@ -365,8 +360,9 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
     Raises ConfigError for an argument without "=".
     """
+    if not arguments:
+        return {}
     yaml = _yaml()
-
     overrides = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
@@ -423,8 +419,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def _mixer(value: Any, where: str) -> Mixer:
-    if isinstance(value, (AttambaMixer, TransformerMixer)):
-        return value
+    if isinstance(value, typing.get_args(Mixer)):
+        return typing.cast(Mixer, value)
     if not isinstance(value, dict):
         raise ConfigError(
             f'{where}={value!r} must be a dictionary with a "type", e.g. {{"type": "attamba"}}'
@@ -563,23 +559,18 @@ def _unknown(key: str, known: Sequence[str], where: str) -> typing.NoReturn:
     raise ConfigError(f"unknown key {key!r}{hint}")
 
 
-def _at_least(value: int, least: int, name: str, extra: str = "") -> None:
-    if value < least:
-        raise ConfigError(f"{name}={value} must be at least {least}{extra}")
-
-
-def _check_heads(mixer: Any, dim: int, where: str) -> None:
-    _at_least(mixer.n_heads, 1, f"{where}.n_heads")
-    if mixer.n_kv_heads is not None:
-        _at_least(mixer.n_kv_heads, 1, f"{where}.n_kv_heads")
-        if mixer.n_heads % mixer.n_kv_heads:
-            raise ConfigError(
-                f"{where}.n_kv_heads={mixer.n_kv_heads} does not divide n_heads={mixer.n_heads}"
-            )
-    if mixer.head_dim is None and dim % mixer.n_heads:
+def _check_chunk_sizes(sizes: list[int], mixers: list[Mixer]) -> None:
+    """train.chunk_sizes must have an effect in every layer that has chunks."""
+    chunked = [mixer for mixer in mixers if isinstance(mixer, AttambaMixer)]
+    if not chunked:
         raise ConfigError(
-            f"{where}.n_heads={mixer.n_heads} does not divide dim={dim}; set {where}.head_dim"
+            f"train.chunk_sizes={sizes} needs a mixer with chunks, of type attamba; leave it out"
         )
-    width = mixer.head_dim if mixer.head_dim is not None else dim // mixer.n_heads
-    if width < 2 or width % 2:
-        raise ConfigError(f"{where}.head_dim={width} must be even and at least 2 (rotary halves)")
+    for mixer in chunked:
+        boundary = mixer.boundary
+        name = boundary if isinstance(boundary, str) else boundary["type"]
+        if name in ("separator", "given"):
+            raise ConfigError(
+                f"train.chunk_sizes={sizes} has no effect on boundary={name}, whose chunks follow "
+                f"the text; set mixer.boundary=cyclic, or leave it out"
+            )

@@ -20,6 +20,10 @@ MIXERS: dict[str, Any] = {
     "transformer": {"type": "transformer"},
     "window": {"type": "transformer", "window": 5},
     "hybrid": [{"chunk_size": 4, "n_heads": 4}, {"type": "transformer", "n_heads": 4}],
+    "mean": {"chunk_size": 4, "leading_tokens": 6, "compressor": "mean"},
+    "gated": {"chunk_size": 4, "leading_tokens": 6, "compressor": "gated"},
+    "recurrent": [{"type": "mamba2", "state_dim": 4}, {"type": "minlstm"}],
+    "hybrid of hawk": [{"type": "hawk"}, {"type": "transformer", "n_heads": 4, "window": 5}],
 }
 
 
@@ -308,7 +312,7 @@ def test_tokens_beyond_the_tokenizer_are_not_drawn():
 # --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["attamba", "transformer", "window"])
+@pytest.mark.parametrize("name", ["attamba", "transformer", "window", "recurrent"])
 def test_stats(name):
     model, stats = build(MIXERS[name]), GenerationStats()
     attamba.generate(model, torch.ones(2, 30, dtype=torch.long), max_new_tokens=11, stats=stats)

@@ -5,7 +5,7 @@ model, tokenizer = load(result.run_dir)
 """
 
 from attamba.train.checkpoint import load, save_checkpoint
-from attamba.train.interrupt import TrainingInterrupted
+from attamba.train.interrupt import TrainingInterrupted, TrainingPreempted
 from attamba.train.loop import TrainingDiverged, TrainResult, train
 from attamba.train.metrics import read_metrics
 from attamba.train.optim import lr_at
@@ -16,6 +16,7 @@ __all__ = [
     "TrainResult",
     "TrainingDiverged",
     "TrainingInterrupted",
+    "TrainingPreempted",
     "find_checkpoint",
     "list_checkpoints",
     "load",

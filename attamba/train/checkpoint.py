@@ -7,6 +7,8 @@
     config.json             the RunConfig
     tokenizer/              what Tokenizer.save wrote
     manifest.json           size and SHA-256 of every other file; written last
+
+Several ranks write shards/ in the place of the first two, see sharded.py.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,13 +27,20 @@ from torch import Tensor, nn
 from attamba.config import ConfigError, ModelConfig, RunConfig, from_dict, override_model, to_dict
 from attamba.data.files import sync
 from attamba.models import Decoder, build_model
-from attamba.train.optim import optimizer_tensors, restore_optimizer
+from attamba.train.optim import (
+    is_spread,
+    named_tensors,
+    optimizer_tensors,
+    placed_as,
+    restore_optimizer,
+)
 from attamba.train.runtime import resolve_device, rng_state, set_rng_state
 from attamba.train.storage import (
+    SHARDS,
     TOKENIZER,
     CheckpointError,
+    cannot_save,
     find_checkpoint,
-    list_checkpoints,
     remedy,
     seal,
     verify,
@@ -68,53 +77,71 @@ def save_checkpoint(
     Raises CheckpointError if it cannot be written (the disk is full, ...); nothing of it is left
     then, and older checkpoints are untouched.
     """
+    decoder = cast(Decoder, getattr(model, "_orig_mod", model))
+
+    def write(aside: Path) -> None:
+        _save_tensors(aside / MODEL, named_tensors(decoder))
+        if optimizer is not None:
+            _save_tensors(aside / OPTIMIZER, optimizer_tensors(optimizer, decoder))
+        save_about(
+            aside,
+            step=step,
+            config=replace(config, model=decoder.config),
+            tokenizer=tokenizer,
+            device=next(decoder.parameters()).device,
+            tokens=tokens,
+            seconds=seconds,
+            data=data,
+        )
+
+    return _publish(Path(run_dir), step, write)
+
+
+def _publish(run_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """A new checkpoint of what `write` puts into the folder that it is given; all or nothing."""
     from safetensors import SafetensorError
 
-    decoder = cast(Decoder, getattr(model, "_orig_mod", model))
-    folder = Path(run_dir) / "checkpoints"
+    folder = run_dir / "checkpoints"
     final = folder / f"step-{step:08d}"
     aside = folder / f".tmp-{final.name}"
     if final.exists():
         raise CheckpointError(f"{final} exists already; delete it or save into another folder")
-    state = {
-        "step": step,
-        "tokens": tokens,
-        "seconds": seconds,
-        "rng": rng_state(next(decoder.parameters()).device),
-        "tokenizer": tokenizer.fingerprint,
-        "data": dict(data or {}),
-    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         aside.mkdir()
-        _save_tensors(aside / MODEL, named_tensors(decoder))
-        if optimizer is not None:
-            _save_tensors(aside / OPTIMIZER, optimizer_tensors(optimizer, decoder))
-        _save_json(aside / STATE, state)
-        _save_json(aside / CONFIG, to_dict(replace(config, model=decoder.config)))
-        tokenizer.save(aside / TOKENIZER)
+        write(aside)
         seal(aside, step=step)
         os.rename(aside, final)
         sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"cannot save {final}: {error}. If the disk is full, make room there or lower "
-            f"train.keep (one more is written before the oldest is deleted). "
-            f"{_still_there(Path(run_dir))}"
-        ) from error
+        raise CheckpointError(cannot_save(final, error)) from error
     return final
 
 
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; one that has two names (tied) by its first."""
-    tensors: dict[str, Tensor] = {}
-    seen = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name] = tensor
-    return tensors
+def save_about(
+    folder: Path,
+    *,
+    step: int,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    tokens: int = 0,
+    seconds: float = 0.0,
+    data: Mapping[str, str | None] | None = None,
+) -> None:
+    """Write what a checkpoint holds beside tensors: state, configuration, tokenizer."""
+    state = {
+        "step": step,
+        "tokens": tokens,
+        "seconds": seconds,
+        "rng": rng_state(device),
+        "tokenizer": tokenizer.fingerprint,
+        "data": dict(data or {}),
+    }
+    _save_json(folder / STATE, state)
+    _save_json(folder / CONFIG, to_dict(config))
+    tokenizer.save(folder / TOKENIZER)
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -125,13 +152,6 @@ def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _save_json(path: Path, tree: Any) -> None:
     path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-
-
-def _still_there(run_dir: Path) -> str:
-    checkpoints = list_checkpoints(run_dir)
-    if not checkpoints:
-        return "There is no older checkpoint"
-    return f"{checkpoints[-1]} is whole, and the same command goes on from it"
 
 
 def load(
@@ -175,25 +195,54 @@ def load(
 def restore(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> dict[str, Any]:
-    """Put a checkpoint into a fresh model and optimizer and torch's random state.
+    """Put a verified checkpoint into a fresh model and optimizer and torch's random state.
 
-    Returns state.json's content. Raises CheckpointError as load does, and if the checkpoint was
-    saved without an optimizer.
+    A model that is sharded over ranks takes any checkpoint, on all ranks at once, and so does one
+    that is not. Returns state.json's content. Raises CheckpointError for tensors that do not fit,
+    and if the checkpoint was saved without an optimizer.
     """
-    manifest = verify(folder)
-    if OPTIMIZER not in manifest["files"]:
+    sharded = (folder / SHARDS).is_dir()
+    if not sharded and not (folder / OPTIMIZER).is_file():
         raise CheckpointError(
             f"{folder} was saved without {OPTIMIZER}, so training cannot resume from it; train "
             f"into another `out`"
         )
-    load_weights(model, folder)
     try:
-        restore_optimizer(optimizer, model, _load_tensors(folder / OPTIMIZER))
+        if sharded and any(map(is_spread, model.parameters())):
+            from attamba.train.sharded import restore_shards
+
+            restore_shards(folder, model, optimizer)
+        else:
+            load_weights(model, folder)
+            restore_optimizer(optimizer, model, read_tensors(folder, OPTIMIZER))
     except ValueError as error:
-        raise CheckpointError(f"{folder / OPTIMIZER} does not fit the model: {error}") from error
+        raise CheckpointError(f"the optimizer of {folder} does not fit: {error}") from error
     state = read_state(folder)
     set_rng_state(state["rng"], device)
     return state
+
+
+def consolidate(path: str | Path, run_dir: str | Path) -> Path:
+    """Write a checkpoint, of however many ranks, as one of whole files that says the same.
+
+    path: a run folder (its newest checkpoint) or a checkpoint folder.
+    run_dir: the folder to put it in, as <run_dir>/checkpoints/step-<step>; returned. Training with
+        this `out` goes on from it.
+
+    Raises CheckpointError for a checkpoint that is damaged, and where one cannot be written.
+    """
+    folder = find_checkpoint(path)
+    verify(folder)
+
+    def write(aside: Path) -> None:
+        for file in (MODEL, OPTIMIZER):
+            if (folder / SHARDS).is_dir() or (folder / file).is_file():
+                _save_tensors(aside / file, read_tensors(folder, file))
+        for file in (STATE, CONFIG):
+            shutil.copy(folder / file, aside / file)
+        shutil.copytree(folder / TOKENIZER, aside / TOKENIZER)
+
+    return _publish(Path(run_dir), read_state(folder)["step"], write)
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -234,7 +283,7 @@ def load_weights(
     overrides: what was changed in the checkpoint's config, for the message. Raises CheckpointError
     for a tensor that is missing, left over or of another shape.
     """
-    saved, wanted = _load_tensors(folder / MODEL), named_tensors(model)
+    saved, wanted = read_tensors(folder, MODEL), named_tensors(model)
     why = f"; {folder / CONFIG} and {MODEL} are not of one model"
     if overrides:
         keys = ", ".join(f"{key}={value}" for key, value in overrides.items())
@@ -255,7 +304,16 @@ def load_weights(
             )
     with torch.no_grad():
         for name, tensor in wanted.items():
-            tensor.copy_(saved[name])
+            tensor.copy_(placed_as(tensor, saved[name]))
+
+
+def read_tensors(folder: Path, file: str) -> dict[str, Tensor]:
+    """All tensors of MODEL or OPTIMIZER, whole and on the CPU, from shards too."""
+    if not (folder / SHARDS).is_dir():
+        return _load_tensors(folder / file)
+    from attamba.train.sharded import read_shards
+
+    return read_shards(folder, "model." if file == MODEL else "optimizer.")
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,32 +1,61 @@
-"""Ctrl-C and SIGTERM: finish the step, save, leave."""
+"""Ctrl-C, SIGTERM, SIGUSR1 and limits of time: finish the step, save, leave."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
+
+REQUEUE_STATUS = 75
+"""Exit status after SIGTERM or SIGUSR1, EX_TEMPFAIL of sysexits.h: start the same command again."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
     """Training was stopped from outside after it had saved; the text says how to go on."""
 
+    exit_status = 130
+    """Of the command: 128 + SIGINT, as shells count."""
+
+
+class TrainingPreempted(TrainingInterrupted):
+    """It was SIGTERM or SIGUSR1, by which schedulers take machines back."""
+
+    exit_status = REQUEUE_STATUS
+
 
 class StopRequest:
-    """While entered, the first Ctrl-C or SIGTERM sets `requested`, for the loop to see.
+    """While entered, the first Ctrl-C, SIGTERM or SIGUSR1 sets `requested`, for the loop to see.
 
     An optimizer step that is cut in two would leave weights that no checkpoint should hold. A
     second signal acts at once, as it would have without this class. Signals that were ignored
     stay ignored (nohup), and outside the main thread, where Python takes no handlers, nothing is
     changed.
+
+    should_stop: asked whenever `requested` is read; its first True is kept.
+    patient: further signals change nothing. Under torchrun a rank often gets each signal twice,
+        from the scheduler or terminal and from torchrun, which in the end kills those that stay.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(
+        self, should_stop: Callable[[], bool] | None = None, *, patient: bool = False
+    ) -> None:
+        self._should_stop, self._patient = should_stop, patient
+        self._stopped = False
+        self.preempted = False
+        """Was it SIGTERM or SIGUSR1?"""
         self._previous: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Should training end after this step?"""
+        if not self._stopped and self._should_stop is not None:
+            self._stopped = self._should_stop()
+        return self._stopped
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -35,8 +64,10 @@ class StopRequest:
         self._restore()
 
     def _handle(self, number: int, frame: object) -> None:
-        self.requested = True
-        self._restore()
+        self._stopped = True
+        self.preempted = self.preempted or number != signal.SIGINT
+        if not self._patient:
+            self._restore()
 
     def _restore(self) -> None:
         while self._previous:

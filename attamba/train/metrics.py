@@ -4,7 +4,7 @@ train: step, tokens, loss (nats per token of that step's batch), lr, grad_norm (
        tokens_per_second (since the last line, validation and saving not counted), seconds (of
        training since step 0, over all its resumptions)
 valid: step, tokens, seconds, valid_loss (nats per token), valid_bits_per_byte (by the mean bytes
-       per token of the validation data)
+       per token of the validation data; null for a generated task)
 tasks: step, tokens, seconds, and "<task>/<metric>" for each figure of eval.tasks (null: not finite)
 """
 
@@ -14,7 +14,7 @@ import json
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 from attamba.data import MissingPackageError
 from attamba.data.files import write_aside
@@ -90,6 +90,29 @@ class MetricsLog:
         self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+class Unwritten:
+    """In the place of a MetricsLog on ranks that write none."""
+
+    records: ClassVar[list[Record]] = []
+
+    def write(self, record: Record) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> Unwritten:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Nothing."""
 
 
 def _line(record: Record) -> str:

@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups, its schedule, and its state under parameter names."""
+"""AdamW, its parameter groups, its schedule; a run's tensors under their names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attamba.config import OptimConfig, RunConfig
 
-_STATE = ("step", "exp_avg", "exp_avg_sq")
+STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def lr_at(step: int, config: RunConfig) -> float:
@@ -61,6 +61,37 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     )
 
 
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; one that has two names (tied) by its first."""
+    tensors: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor
+    return tensors
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Is it a DTensor, spread over ranks? (Told without importing those, which takes long.)"""
+    return hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; another tensor itself."""
+    return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def placed_as(like: Tensor, whole: Tensor) -> Tensor:
+    """`whole` itself, or spread as `like` is, without communication: every rank has it whole."""
+    if not is_spread(like) or is_spread(whole):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(whole.to(like.device), mesh, placements, src_data_rank=None)
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """The optimizer's state as "<parameter name>.<exp_avg, exp_avg_sq or step>".
 
@@ -70,7 +101,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
         f"{name}.{key}": optimizer.state[parameter][key]
         for name, parameter in model.named_parameters()
         if parameter in optimizer.state
-        for key in _STATE
+        for key in STATE
     }
 
 
@@ -83,22 +114,23 @@ def restore_optimizer(
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[p] for group in optimizer.param_groups for p in group["params"]]
-    shapes = {name: parameter.shape for parameter, name in names.items()}
+    parameters = dict(model.named_parameters())
     state: dict[int, dict[str, Tensor]] = {}
     left = dict(tensors)
     for index, name in enumerate(ordered):
-        if f"{name}.{_STATE[0]}" not in left:
+        if f"{name}.{STATE[0]}" not in left:
             continue
         try:
-            entry = {key: left.pop(f"{name}.{key}") for key in _STATE}
+            entry = {key: left.pop(f"{name}.{key}") for key in STATE}
         except KeyError as error:
             raise ValueError(f"the optimizer state lacks {error.args[0]}") from error
-        for key in _STATE[1:]:
-            if entry[key].shape != shapes[name]:
+        for key in STATE[1:]:
+            if entry[key].shape != parameters[name].shape:
                 raise ValueError(
                     f"{name}.{key} has shape {list(entry[key].shape)}, the parameter "
-                    f"{list(shapes[name])}"
+                    f"{list(parameters[name].shape)}"
                 )
+            entry[key] = placed_as(parameters[name], entry[key])
         state[index] = entry
     if left:
         raise ValueError(f"the model has no parameter for {min(left)}")

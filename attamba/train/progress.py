@@ -117,7 +117,6 @@ def _scores(record: Record) -> str:
     if record["kind"] == "tasks":
         figures = {key: value for key, value in record.items() if "/" in key}
         return ", ".join(f"{k} {'-' if v is None else f'{v:.4f}'}" for k, v in figures.items())
-    return (
-        f"validation: {record['valid_loss']:.4f} nats/token, "
-        f"{record['valid_bits_per_byte']:.4f} bits/byte"
-    )
+    bits = record["valid_bits_per_byte"]
+    text = "" if bits is None else f", {bits:.4f} bits/byte"
+    return f"validation: {record['valid_loss']:.4f} nats/token{text}"

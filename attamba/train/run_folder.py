@@ -6,16 +6,26 @@ fly), tensorboard/ (if asked for).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attamba.config import ConfigError, RunConfig, to_dict
 from attamba.data import is_prepared
 from attamba.data.files import write_json
 from attamba.train.checkpoint import read_config
-from attamba.train.storage import list_checkpoints, remove_leftovers, verify
+from attamba.train.storage import (
+    CheckpointError,
+    list_checkpoints,
+    remove_leftovers,
+    set_aside,
+    verify,
+)
+
+if TYPE_CHECKING:
+    from attamba.train.distributed import Ranks
 
 FREE = frozenset(
     {
@@ -30,9 +40,14 @@ FREE = frozenset(
         "eval.tasks",
         "eval.every",
         "eval.limit",
+        "train.accumulate",
+        "parallel.replicate",
+        "parallel.shard",
+        "parallel.activation_checkpointing",
+        "parallel.hang_timeout",
     }
 )
-"""Keys that may change on resume, because no weight depends on them."""
+"""Keys that may change on resume: no weight depends on them, but for the order of sums."""
 
 
 @contextmanager
@@ -61,25 +76,60 @@ def lock(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def open_run_folder(run_dir: Path, config: RunConfig, *, resume: bool) -> Path | None:
+def open_run_folder(
+    run_dir: Path,
+    config: RunConfig,
+    ranks: Ranks,
+    *,
+    resume: bool,
+    say: Callable[[str], None],
+) -> Path | None:
     """Tidy the folder, write config.json and return the checkpoint to go on from, if any.
 
-    Raises ConfigError if there is one and resume is false, or it is of another configuration;
-    CheckpointError if it is damaged.
+    The newest one that is whole: a damaged one is told to `say` and renamed. All ranks call this,
+    rank 0 alone changes the folder, and they share the work of verifying. Raises ConfigError if
+    there is a checkpoint and resume is false, or it is of another configuration; CheckpointError
+    if none is whole.
     """
+    checkpoints = ranks.on_main(lambda: _tidy(run_dir, resume))
+    newest = _newest_whole(checkpoints, ranks, say)
+    ranks.on_main(lambda: _settle(run_dir, config, newest))
+    return newest
+
+
+def _tidy(run_dir: Path, resume: bool) -> list[Path]:
     remove_leftovers(run_dir)
     checkpoints = list_checkpoints(run_dir)
-    newest = checkpoints[-1] if checkpoints else None
+    if checkpoints and not resume:
+        raise ConfigError(
+            f"out={run_dir} already holds a run and resume is off; set another out, or delete "
+            f"the folder"
+        )
+    return checkpoints
+
+
+def _newest_whole(checkpoints: list[Path], ranks: Ranks, say: Callable[[str], None]) -> Path | None:
+    """The last checkpoint that its checksums hold for; raises the newest one's error if none is."""
+    damaged: dict[Path, CheckpointError] = {}
+    for checkpoint in reversed(checkpoints):
+        try:
+            ranks.on_each(partial(verify, checkpoint, part=(ranks.rank, ranks.size)))
+        except CheckpointError as error:
+            damaged[checkpoint] = error
+            continue
+        for path, why in damaged.items():
+            aside = ranks.on_main(partial(set_aside, path))
+            say(f"{why}. It is {aside} now, and the run goes on from {checkpoint.name}")
+        return checkpoint
+    if damaged:
+        raise damaged[checkpoints[-1]]
+    return None
+
+
+def _settle(run_dir: Path, config: RunConfig, newest: Path | None) -> None:
     if newest is not None:
-        if not resume:
-            raise ConfigError(
-                f"out={run_dir} already holds a run and resume is off; set another out, or delete "
-                f"the folder"
-            )
-        verify(newest)
         _check_same(read_config(newest), config, run_dir)
     write_json(run_dir / "config.json", to_dict(config))
-    return newest
 
 
 def check_same_data(

@@ -6,13 +6,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from attamba.data.files import sha256, sync
 
-MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
+MANIFEST, TOKENIZER, SHARDS = "manifest.json", "tokenizer", "shards"
 FORMAT = 1
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -84,30 +84,37 @@ def remove_old(run_dir: Path, keep: int) -> None:
         shutil.rmtree(aside)
 
 
-def seal(folder: Path, **about: Any) -> None:
+def seal(folder: Path, known: Mapping[str, Any] | None = None, **about: Any) -> None:
     """Write the manifest of all files in `folder` and bring everything to the disk.
 
     A rename that follows cannot outrun the content then.
+
+    known: entries of files that others have hashed and brought to the disk.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    entries = {
-        path.relative_to(folder).as_posix(): {
-            "size": path.stat().st_size,
-            "sha256": sha256(path),
-        }
-        for path in files
-    }
+    known = known or {}
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    files = {name: path for name, path in paths.items() if path.is_file()}
+    entries = {name: known.get(name) or entry(path) for name, path in files.items()}
     manifest = folder / MANIFEST
     text = json.dumps({"format": FORMAT, **about, "files": entries}, indent=1) + "\n"
     manifest.write_text(text, encoding="utf-8")
-    for path in [*files, manifest, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+    own = [path for name, path in files.items() if name not in known]
+    for path in [*own, manifest, *(p for p in paths.values() if p.is_dir()), folder]:
         sync(path)
 
 
-def verify(folder: Path, leave_out: Iterable[str] = ()) -> dict[str, Any]:
+def entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def verify(
+    folder: Path, leave_out: Iterable[str] = (), part: tuple[int, int] = (0, 1)
+) -> dict[str, Any]:
     """Compare the files of a checkpoint with its manifest and return that.
 
-    leave_out: files not to look at. Raises CheckpointError for one that is missing, truncated or
+    leave_out: files not to look at. part: (i, n) looks at every n-th file from the i-th on, for
+    ranks that share the work. Raises CheckpointError for one that is missing, truncated or
     altered, naming it and what to do.
     """
     path = folder / MANIFEST
@@ -122,10 +129,19 @@ def verify(folder: Path, leave_out: Iterable[str] = ()) -> dict[str, Any]:
         raise CheckpointError(f"{path} is missing; {remedy(folder)}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}); {remedy(folder)}") from error
-    for name, (size, digest) in files.items():
+    for name, (size, digest) in list(files.items())[part[0] :: part[1]]:
         if name not in leave_out:
             _verify_file(folder, name, size, digest)
     return manifest
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint so that no run finds it any more; return where it is now."""
+    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    os.rename(checkpoint, aside)
+    return aside
 
 
 def _check_format(path: Path, version: Any) -> None:
@@ -150,6 +166,18 @@ def remedy(folder: Path) -> str:
     if not older:
         return f"{text}, or delete {folder} and train anew"
     return f"{text}, or delete {folder} to go on from {older[-1].name}"
+
+
+def cannot_save(final: Path, error: Exception) -> str:
+    """What to tell about a checkpoint that could not be written."""
+    older = list_checkpoints(final.parent.parent)
+    still = "There is no older checkpoint"
+    if older:
+        still = f"{older[-1]} is whole, and the same command goes on from it"
+    return (
+        f"cannot save {final}: {error}. If the disk is full, make room there or lower train.keep "
+        f"(one more is written before the oldest is deleted). {still}"
+    )
 
 
 def _verify_file(folder: Path, name: str, expected: int, digest: str) -> None:

@@ -7,8 +7,12 @@ import torch
 
 from attamba.config import ConfigError, from_dict
 from attamba.data import Batch, DataError, load_tokenizer, prepare, train_bpe
-from attamba.train import TrainingDiverged, list_checkpoints, load, loop, read_metrics, train
+from attamba.train import TrainingDiverged, list_checkpoints, load, read_metrics, train
+from attamba.train import run as run_module
+from attamba.train.distributed import Ranks
+from attamba.train.run import Run
 from attamba.train.sources import open_sources
+from attamba.train.watchdog import Watchdog
 
 
 def losses(result):
@@ -18,7 +22,8 @@ def losses(result):
 def run_of(config, tmp_path):
     """A run, ready for its first step."""
     sources = open_sources(config, tmp_path / "sources", fresh=True, say=lambda text: None)
-    return loop._Run(config, sources, torch.device("cpu"))
+    ranks = Ranks(torch.device("cpu"))
+    return Run(config, sources, ranks, Watchdog(ranks, 1))
 
 
 TRANSFORMER = {"type": "transformer", "n_heads": 2}
@@ -102,7 +107,7 @@ def test_accumulation_gives_the_gradient_of_the_mean_over_all_tokens(make_config
 
 def test_order_of_the_data_does_not_depend_on_accumulation(make_config, monkeypatch):
     seen = {}
-    parts = loop._Run._loss_sum
+    parts = Run._loss_sum
     for accumulate in (1, 2):
         rows = seen[accumulate] = []
 
@@ -111,7 +116,7 @@ def test_order_of_the_data_does_not_depend_on_accumulation(make_config, monkeypa
                 rows.extend(batch.inputs.tolist())
             return parts(self, batch)
 
-        monkeypatch.setattr(loop._Run, "_loss_sum", record)
+        monkeypatch.setattr(Run, "_loss_sum", record)
         train(make_config({"train.accumulate": accumulate, "train.steps": 5}, out=f"{accumulate}"))
     assert len(seen[1]) == 5 * 4
     assert seen[1] == seen[2]
@@ -235,8 +240,8 @@ def test_divergence_stops_before_the_weights_and_names_step_and_checkpoint(
     make_config, monkeypatch, where
 ):
     models = []
-    build = loop.build_model
-    monkeypatch.setattr(loop, "build_model", lambda c: models.append(build(c)) or models[-1])
+    build = run_module.build_model
+    monkeypatch.setattr(run_module, "build_model", lambda c: models.append(build(c)) or models[-1])
 
     def poison(record):
         if record["kind"] == "train" and record["step"] == 6:

@@ -239,19 +239,32 @@ def test_two_processes_cannot_train_in_one_folder(make_config):
     assert train(config).step == 1
 
 
-def test_a_damaged_newest_checkpoint_stops_resume_and_its_deletion_helps(make_config, crash_at):
+def test_of_a_damaged_newest_checkpoint_the_one_before_is_used(make_config, crash_at, capsys):
     straight = train(make_config(out="straight"))
-    config = make_config()
+    config = make_config({"train.progress": True})
     with pytest.raises(crash_at.error):
         train(config, on_log=crash_at(10))
     older, newest = list_checkpoints(config.out)
     (newest / "optimizer.safetensors").write_bytes(b"")
-    text = r"optimizer\.safetensors is truncated: 0 bytes of \d+; .* to go on from step-00000004"
+    capsys.readouterr()
+    assert_same_end(straight, train(config))
+    said = capsys.readouterr().out
+    assert "optimizer.safetensors is truncated: 0 bytes of" in said
+    assert f"the run goes on from {older.name}" in said
+    assert (newest.parent / f"damaged-{newest.name}").is_dir()
+
+
+def test_where_no_checkpoint_is_whole_none_is_touched(make_config, crash_at):
+    config = make_config()
+    with pytest.raises(crash_at.error):
+        train(config, on_log=crash_at(10))
+    checkpoints = list_checkpoints(config.out)
+    for checkpoint in checkpoints:
+        (checkpoint / "model.safetensors").write_bytes(b"")
+    text = r"step-00000008/model\.safetensors is truncated: 0 bytes of \d+; .* step-00000004"
     with pytest.raises(CheckpointError, match=text):
         train(config)
-    shutil.rmtree(newest)
-    assert_same_end(straight, train(config))
-    assert older.parent.is_dir()
+    assert list_checkpoints(config.out) == checkpoints
 
 
 def test_a_checkpoint_without_optimizer_cannot_be_resumed(make_config):

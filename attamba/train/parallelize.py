@@ -1,0 +1,134 @@
+"""A model made ready to train: activations computed anew, compiled, sharded over ranks.
+
+The model's own code knows nothing of it, and names of parameters and types of modules stay as they
+are: a module's forward is replaced on the instance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from attamba.config import RunConfig
+from attamba.models import Decoder
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Forward = Callable[..., Tensor]
+
+_PRODUCTS = frozenset(
+    {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.bmm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
+"""What activation_checkpointing=selective keeps, beside attention over chunks."""
+
+
+def parallelize(model: Decoder, mesh: DeviceMesh | None, config: RunConfig) -> Forward:
+    """Apply config.parallel and train.compile to `model`, in place; return what to call.
+
+    mesh: with dimensions "replicate" and "shard"; parameters become DTensors on it, on its
+        devices. None: one process, on whose device the model is already.
+
+    Gradients are averaged over the ranks of the mesh.
+    """
+    kind = config.parallel.activation_checkpointing
+    if kind != "none":
+        for layer in model.layers:
+            _replace_forward(layer, _recomputed(_forward(layer), selective=kind == "selective"))
+        if config.train.compile:
+            _allow_memo()
+    if mesh is None:
+        return torch.compile(model) if config.train.compile else model
+    if config.train.compile:
+        _compile_layers(model)
+    _shard(model, mesh, config.parallel.gather_dtype == "bfloat16")
+    return model
+
+
+def reduce_on_last(model: nn.Module, is_last: bool) -> None:
+    """Do the copies of a sharded model add up their gradients after the backward pass to come?
+
+    Once per step is enough, however many passes it has.
+    """
+    set_it = getattr(model, "set_requires_all_reduce", None)  # by fully_shard
+    if set_it is not None:
+        set_it(is_last)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what a forward pass without a backward pass leaves gathered."""
+    free = getattr(model, "reshard", None)  # by fully_shard
+    if free is not None:
+        free()
+
+
+def _recomputed(forward: Forward, *, selective: bool) -> Forward:
+    options: dict[str, Any] = {}
+    if selective:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    # Nothing in a layer draws from torch's random state: random boundaries are hashes.
+    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = operator in _PRODUCTS or str(operator).startswith("attamba.chunk_attention")
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _allow_memo() -> None:
+    """Let layers that are computed anew be compiled although they note what others can use.
+
+    Without it torch.compile leaves them uncompiled, and says nothing. The second computation finds
+    what the first noted, so nothing is lost if it notes nothing itself.
+    """
+    name = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+    if hasattr(torch._dynamo.config, name):
+        setattr(torch._dynamo.config, name, True)
+
+
+def _compile_layers(model: Decoder) -> None:
+    """Each layer by itself, so that parameters of one layer at a time need be gathered."""
+    # One code object serves all layers; its variants are phases of the chunks, and the first layer
+    # computes what the others find.
+    limit = 2 * len(model.layers) + 8
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+    for layer in model.layers:
+        _replace_forward(layer, torch.compile(_forward(layer)))
+
+
+def _forward(module: nn.Module) -> Forward:
+    return cast(Forward, module.forward)
+
+
+def _replace_forward(module: nn.Module, forward: Forward) -> None:
+    module.forward = forward
+
+
+def _shard(model: Decoder, mesh: DeviceMesh, gather_bfloat16: bool) -> None:
+    # Imported where it is needed, as it takes most of a second.
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    gathered = torch.bfloat16 if gather_bfloat16 else None
+    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
+    if mesh["replicate"].size() == 1:
+        mesh = mesh["shard"]
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)

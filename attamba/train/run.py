@@ -1,0 +1,253 @@
+"""A run: its model, optimizer and data, how far they are, and one step of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attamba.config import RunConfig
+from attamba.data import UNSCORED, Batch
+from attamba.models import Decoder, build_model
+from attamba.train.checkpoint import restore, save_about, save_checkpoint
+from attamba.train.chunk_sizes import draw_size, set_chunk_size
+from attamba.train.distributed import Ranks
+from attamba.train.optim import build_optimizer, is_spread, local, lr_at
+from attamba.train.parallelize import parallelize, reduce_on_last, reshard
+from attamba.train.run_folder import check_same_data
+from attamba.train.sources import Rows, Sources
+from attamba.train.storage import list_checkpoints, remove_old
+from attamba.train.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from attamba.harness import Tasks
+    from attamba.train.sharded import Saver
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss, a gradient or a weight stopped being finite; no weight or file holds that step."""
+
+    def __init__(self, what: str, *, step: int, config: RunConfig) -> None:
+        checkpoints = list_checkpoints(config.out)
+        self.step = step
+        """The step, counted from 1, that could not be taken or kept."""
+        self.checkpoint = checkpoints[-1] if checkpoints else None
+        """The last good checkpoint, if one was written."""
+        kept = f"The last good checkpoint is {self.checkpoint}"
+        super().__init__(
+            f"step {step}: {what}. "
+            f"{kept if self.checkpoint else 'No checkpoint had been written yet'}. Start again in "
+            f"another `out` with a lower optim.lr (now {config.optim.lr:g}), a longer "
+            f"optim.warmup_steps (now {config.optim.warmup_steps}) or a lower optim.grad_clip "
+            f"(now {config.optim.grad_clip:g}; 0 is none)"
+        )
+
+
+class Run:
+    """Model, optimizer and data, and how far they are: what a checkpoint saves."""
+
+    def __init__(
+        self, config: RunConfig, sources: Sources, ranks: Ranks, watchdog: Watchdog
+    ) -> None:
+        torch.manual_seed(config.train.seed)
+        self.config, self.sources = config, sources
+        self.ranks, self.watchdog, self.device = ranks, watchdog, ranks.device
+        self.model: Decoder = build_model(config.model)
+        if ranks.alone:  # sharding moves one layer after the other
+            self.model.to(self.device)
+        # A compiled module shares its parameters with the model, which is the one saved.
+        self.forward = parallelize(self.model, ranks.mesh, config)
+        watchdog.follow(self.model)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.saver = None if ranks.alone else _open_saver(ranks, config)
+        self.rows = config.data.batch_size // ranks.size // config.train.accumulate
+        self.step = self.tokens = 0
+        self.seconds = 0.0
+
+    def resume(self, checkpoint: Path) -> None:
+        state = restore(checkpoint, self.model, self.optimizer, self.device)
+        check_same_data(state["data"], self.sources.fingerprints, Path(self.config.out))
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+
+    def save(self) -> None:
+        """Write a checkpoint, or begin to on several ranks.
+
+        Raises TrainingDiverged if a weight is not finite.
+        """
+        self._check_finite()
+        about: dict[str, Any] = {
+            "step": self.step,
+            "config": self.config,
+            "tokenizer": self.sources.tokenizer,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "data": self.sources.fingerprints,
+        }
+        if self.saver is None:
+            save_checkpoint(self.config.out, model=self.model, optimizer=self.optimizer, **about)
+            remove_old(Path(self.config.out), self.config.train.keep)
+            return
+        self.watchdog.beat(f"saving after step {self.step}")
+        self.saver.save(
+            self.step,
+            self.model,
+            self.optimizer,
+            lambda folder: save_about(folder, device=self.device, **about),
+        )
+
+    def _check_finite(self) -> None:
+        names = [name for name, _ in self.model.named_parameters()]
+        wrong = [
+            i
+            for i, (_, parameter) in enumerate(self.model.named_parameters())
+            if not bool(torch.isfinite(local(parameter)).all())
+        ]
+        found = self.ranks.largest(wrong[0] if wrong else -1)
+        if found >= 0:
+            raise TrainingDiverged(
+                f"{names[found]} is not finite", step=self.step, config=self.config
+            )
+
+    def finish_saving(self) -> None:
+        """Until the last checkpoint is whole. Raises CheckpointError if it could not be written."""
+        if self.saver is not None:
+            self.saver.wait()
+
+    def take_step(self) -> dict[str, float]:
+        """One optimizer step; loss, lr and grad_norm of it. Raises TrainingDiverged."""
+        began = time.perf_counter()
+        self.watchdog.beat(f"reading the rows of step {self.step + 1}")
+        batch = self.sources.train.batch(self.step)
+        self.watchdog.beat(f"step {self.step + 1}")
+        self.model.set_draw(self.step)
+        self.optimizer.zero_grad()
+        with self._drawn_chunks():
+            mean_loss = self.gradients(batch)
+        # One wait for the device per step: nothing that is not finite may reach the weights.
+        loss, norm = torch.stack([mean_loss, self._clip()]).tolist()
+        for what, value in (("the loss", loss), ("the gradient norm", norm)):
+            if not math.isfinite(value):
+                raise TrainingDiverged(f"{what} is {value}", step=self.step + 1, config=self.config)
+        lr = lr_at(self.step, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.step += 1
+        self.tokens += batch.inputs.size * self.ranks.size
+        self.seconds += time.perf_counter() - began
+        return {"loss": loss, "lr": lr, "grad_norm": norm}
+
+    def gradients(self, batch: Batch) -> Tensor:
+        """Add the gradient of the mean loss over the targets of all ranks; return that loss.
+
+        Float32 and a scalar, on the device. The rows go through the model in train.accumulate
+        equal parts.
+
+        batch: this rank's rows.
+        """
+        total = torch.zeros((), device=self.device)
+        scored = self.ranks.count(batch.n_scored)
+        parts = list(self._parts(batch))
+        for number, part in enumerate(parts, 1):
+            reduce_on_last(self.model, number == len(parts))
+            loss = self._loss_sum(part) / scored
+            # Sharding averages gradients over ranks, and the mean is over the targets of all.
+            (loss * self.ranks.size).backward()
+            total += loss.detach()
+        return self.ranks.sum(total)
+
+    @contextmanager
+    def _drawn_chunks(self) -> Iterator[None]:
+        """The chunk size of this step, where there are several to draw from."""
+        sizes = self.config.train.chunk_sizes
+        if sizes is None:
+            yield
+            return
+        set_chunk_size(self.model, draw_size(sizes, self.config.train.seed, self.step))
+        yield
+        set_chunk_size(self.model, None)
+
+    @torch.no_grad()
+    def validate(self) -> float | None:
+        """Mean nats per target over the validation rows; None where there are none.
+
+        Ranks share the rows, and all return the same.
+        """
+        windows = self.sources.valid_windows(self.config.train.eval_rows)
+        if not windows:
+            return None
+        assert self.sources.valid is not None
+        batch = _every_nth(self.sources.valid, windows, self.ranks.rank, self.ranks.size)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.model.eval()
+        for part in self._parts(batch):
+            self.watchdog.beat(f"validation after step {self.step}")
+            total += self._loss_sum(part)
+        self.model.train()
+        reshard(self.model)
+        return float(self.ranks.sum(total)) / self.ranks.count(batch.n_scored)
+
+    def score(self, tasks: Tasks) -> dict[str, float | None]:
+        """Figures of tasks, by the weights as a checkpoint saves them (without autocast)."""
+        from attamba.harness import AttambaLM, figures, run_tasks
+
+        context = self.config.data.seq_len
+        lm = AttambaLM(self.model, self.sources.tokenizer, context=context, batch_size=self.rows)
+        return figures(run_tasks(lm, tasks, limit=self.config.eval.limit, stderr=False))
+
+    def _loss_sum(self, batch: Batch) -> Tensor:
+        """Summed cross entropy in nats, in float32 whatever the model computes in."""
+        inputs, targets, doc_ids = (
+            torch.from_numpy(array).to(self.device)
+            for array in (batch.inputs, batch.targets, batch.doc_ids)
+        )
+        mixed = self.config.train.dtype == "bfloat16"
+        # Gathered parameters come and go: their casts must not stay behind in autocast's cache.
+        with torch.autocast(
+            self.device.type,
+            dtype=torch.bfloat16,
+            enabled=mixed,
+            cache_enabled=self.ranks.alone,
+        ):
+            logits = self.forward(inputs, doc_ids=doc_ids if self.config.data.doc_mask else None)
+        return F.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=UNSCORED
+        )
+
+    def _parts(self, batch: Batch) -> Iterator[Batch]:
+        for i in range(0, len(batch.inputs), self.rows):
+            part = slice(i, i + self.rows)
+            yield Batch(batch.inputs[part], batch.targets[part], batch.doc_ids[part])
+
+    def _clip(self) -> Tensor:
+        """The gradient norm over all parameters, before clipping to optim.grad_clip."""
+        limit = self.config.optim.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        return norm.full_tensor() if is_spread(norm) else norm  # type: ignore[attr-defined]
+
+
+def _every_nth(rows: Rows, windows: list[int], rank: int, n: int) -> Batch:
+    """Every n-th of the windows from the rank-th on; as many for each rank.
+
+    Forward passes of all ranks go together, so where n does not divide the windows some ranks have
+    a row that does not count.
+    """
+    own = windows[rank::n]
+    missing = -(-len(windows) // n) - len(own)
+    batch = rows.rows([*own, *windows[:missing]])
+    targets = batch.targets.copy()
+    targets[len(own) :] = UNSCORED
+    return Batch(batch.inputs, targets, batch.doc_ids)
+
+
+def _open_saver(ranks: Ranks, config: RunConfig) -> Saver:
+    from attamba.train.sharded import Saver
+
+    return Saver(ranks, Path(config.out), config.train.keep)

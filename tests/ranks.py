@@ -1,0 +1,79 @@
+"""Work on several ranks, in processes of their own, as torchrun would start them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    # torch._dynamo is what AdamW's first step would import, in each process anew.
+    ["attamba.train", "attamba.train.sharded", "torch.distributed.fsdp", "torch._dynamo"]
+)
+
+
+class Failed(Exception):
+    """A rank raised; the text begins with the error's class and message."""
+
+
+def on_ranks(n: int, work: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+    """What `work(*args)` returns on each of n ranks. Raises Failed for the first that raised.
+
+    work: a function of a module, which the processes import.
+    """
+    processes, queue = start_ranks(n, work, *args)
+    try:
+        outcomes = dict(queue.get(timeout=timeout) for _ in processes)
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+    for outcome in outcomes.values():  # as they came: the others fail because one did
+        if isinstance(outcome, str):
+            raise Failed(outcome)
+    return [pickle.loads(outcomes[rank]) for rank in range(n)]
+
+
+def start_ranks(n: int, work: Callable[..., Any], *args: Any) -> tuple[list[Any], Any]:
+    """The processes of n ranks, begun, and the queue of their outcomes."""
+    queue = CONTEXT.Queue()
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        CONTEXT.Process(target=_be_rank, args=(rank, n, port, queue, work, args), daemon=True)
+        for rank in range(n)
+    ]
+    for process in processes:
+        process.start()
+    return processes, queue
+
+
+def _be_rank(
+    rank: int, n: int, port: int, queue: Any, work: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(n),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        queue.put((rank, pickle.dumps(work(*args))))  # a queue would share a tensor's memory
+    except BaseException as error:
+        queue.put((rank, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+        queue.close()
+        queue.join_thread()
+        os._exit(1)  # as the command does: threads may wait for other ranks

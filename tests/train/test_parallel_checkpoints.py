@@ -1,0 +1,201 @@
+"""Checkpoints of several ranks: resumed on other numbers of them, verified, made whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import on_ranks
+
+from attamba.cli import main
+from attamba.config import RunConfig
+from attamba.train import (
+    CheckpointError,
+    TrainingInterrupted,
+    list_checkpoints,
+    load,
+    sharded,
+    train,
+)
+from attamba.train.checkpoint import MODEL, OPTIMIZER, read_tensors
+
+KEEP = ("kind", "step", "tokens", "loss", "grad_norm", "lr", "valid_loss")
+
+
+def go(config: RunConfig, until: int | None = None) -> list[dict]:
+    """Train, to the end or up to a step, on all ranks that there are; the metrics, on rank 0."""
+    asked: list[int] = []
+
+    def should_stop() -> bool:
+        asked.append(1)
+        return len(asked) == until
+
+    try:
+        metrics = train(config, should_stop=should_stop).metrics
+    except TrainingInterrupted:
+        return []
+    return [{k: r[k] for k in KEEP if k in r} for r in metrics]
+
+
+def assert_close(a: list[dict], b: list[dict]) -> None:
+    assert len(a) == len(b)
+    for left, right in zip(a, b):
+        assert left.keys() == right.keys()
+        for key in left.keys() - {"kind"}:
+            assert left[key] == pytest.approx(right[key], rel=1e-3), (left, right)
+
+
+def on_mesh(config: RunConfig, replicate: int, shard: int) -> RunConfig:
+    parallel = dataclasses.replace(config.parallel, replicate=replicate, shard=shard)
+    return dataclasses.replace(config, parallel=parallel)
+
+
+def test_a_run_goes_on_with_other_numbers_of_ranks(make_config):
+    """4 ranks, 2, 1, 2 and 4, each from the checkpoint of those before."""
+    change = {"model.tie_embeddings": True, "train.eval_every": 5, "train.save_every": 0}
+    straight = go(make_config(change, out="straight"))
+    config = make_config(change)
+    on_ranks(4, go, on_mesh(config, 2, 2), 3)
+    on_ranks(2, go, on_mesh(config, 1, 2), 2)
+    assert go(config, 2) == []
+    on_ranks(2, go, on_mesh(config, 2, 1), 2)
+    records = on_ranks(4, go, on_mesh(config, 1, 4))
+    assert [r["step"] for r in records[0] if r["kind"] == "train"] == list(range(1, 13))
+    assert_close(records[0], straight)
+
+
+def test_on_the_same_ranks_the_rest_is_the_same_to_the_bit(make_config):
+    straight = on_ranks(2, go, make_config(out="straight"))
+    config = make_config({"train.keep": 2, "train.save_every": 2})
+    on_ranks(2, go, config, 7)
+    assert [c.name for c in list_checkpoints(config.out)] == ["step-00000006", "step-00000007"]
+    assert on_ranks(2, go, config) == straight
+    names = sorted(path.name for path in (Path(config.out) / "checkpoints").iterdir())
+    assert names == ["step-00000010", "step-00000012"]
+    a, b = (load(out)[0] for out in (config.out, make_config(out="straight").out))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory, prepared):
+    """A run folder with two checkpoints of two ranks, and its configuration."""
+    from conftest import TINY
+
+    from attamba.config import apply_overrides, from_dict
+
+    change = {"data.train": str(prepared), "train.steps": 4, "train.save_every": 2}
+    out = tmp_path_factory.mktemp("of-two") / "run"
+    config = from_dict(RunConfig, {**apply_overrides(TINY, change), "out": str(out)})
+    on_ranks(2, go, config)
+    return config
+
+
+def test_a_checkpoint_of_ranks_can_be_loaded_and_made_whole(of_two, tmp_path, capsys):
+    (newest,) = list_checkpoints(of_two.out)[-1:]
+    assert len(list((newest / "shards").iterdir())) == 2
+    assert not (newest / MODEL).exists()
+    assert main(["consolidate", of_two.out, str(tmp_path / "whole")]) == 0
+    (whole,) = list_checkpoints(tmp_path / "whole")
+    assert str(whole) in capsys.readouterr().out
+    assert sorted(p.name for p in whole.iterdir() if p.suffix == ".safetensors") == [
+        MODEL,
+        OPTIMIZER,
+    ]
+    for file in (MODEL, OPTIMIZER):
+        a, b = read_tensors(newest, file), read_tensors(whole, file)
+        assert a.keys() == b.keys() and len(a) > 10
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    ids = torch.arange(20)[None]
+    logits = [load(folder)[0](ids) for folder in (newest, whole)]
+    assert torch.equal(*logits)
+    assert train(dataclasses.replace(of_two, out=str(tmp_path / "whole"))).step == 4
+    assert main(["consolidate", of_two.out, str(tmp_path / "whole")]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def refused(config: RunConfig) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        train(config)
+    return str(caught.value)
+
+
+def damage(checkpoint: Path) -> None:
+    """Flip a byte in the second rank's file."""
+    path = sorted((checkpoint / "shards").iterdir())[-1]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_of_a_damaged_checkpoint_the_one_before_is_used(make_config):
+    change = {"train.save_every": 4}
+    straight = on_ranks(2, go, make_config(change, out="straight"))
+    config = make_config(change)
+    on_ranks(2, go, config, 9)
+    older, newest = list_checkpoints(config.out)
+    assert older.name == "step-00000008"
+    damage(newest)
+    with pytest.raises(CheckpointError, match=r"shard-00002.* was altered after it was saved"):
+        load(newest)
+    assert on_ranks(2, go, config) == straight
+    names = [path.name for path in newest.parent.iterdir()]
+    assert "damaged-step-00000009" in names and newest.name not in names
+    for checkpoint in list_checkpoints(config.out):
+        damage(checkpoint)
+    for text in on_ranks(2, refused, config):
+        assert "step-00000012/shards/shard-00002" in text and "was altered" in text
+
+
+def full_disk(config: RunConfig) -> str:
+    """The second checkpoint cannot be written on rank 1."""
+    from attamba.train.sharded import entry
+
+    def fail(path: Path) -> dict:
+        if path.name.startswith("shard-00002") and list_checkpoints(config.out):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return entry(path)
+
+    sharded.entry = fail
+    return refused(config)
+
+
+def test_a_full_disk_on_one_rank_is_told_on_all_and_leaves_what_was(make_config):
+    config = make_config()
+    for text in on_ranks(2, full_disk, config):
+        assert "cannot save" in text and "step-00000008" in text and "No space left" in text
+        assert "step-00000004 is whole, and the same command goes on from it" in text
+    names = [path.name for path in (Path(config.out) / "checkpoints").iterdir()]
+    assert names == ["step-00000004"]
+
+
+def slow_writing(config: RunConfig) -> list[list[int]]:
+    """Checkpoints that there are when a step is logged, while the first one's writing is slow."""
+    may_end, there = threading.Event(), []
+    seal: Callable = sharded.seal
+
+    def slow(*args, **kwargs):
+        assert may_end.wait(30)
+        return seal(*args, **kwargs)
+
+    def on_log(record: dict) -> None:
+        if record["kind"] == "train":
+            there.append([int(c.name[-2:]) for c in list_checkpoints(config.out)])
+            if record["step"] == 7:
+                may_end.set()
+
+    sharded.seal = slow
+    train(config, on_log=on_log)
+    return there
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(make_config):
+    there, nothing = on_ranks(2, slow_writing, make_config())
+    assert nothing == []
+    # From step 4 on: not there at 7, when it may end; there at 9, which comes after the next one.
+    assert there[3:7] == [[]] * 4
+    assert there[8][0] == 4

@@ -1,0 +1,234 @@
+"""Several ranks that are told to leave, hang, are killed, and are started anew by torchrun."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from ranks import on_ranks, start_ranks
+
+from attamba.config import RunConfig, to_dict
+from attamba.data import Batches
+from attamba.train import (
+    TrainingInterrupted,
+    list_checkpoints,
+    read_metrics,
+    train,
+)
+from attamba.train.interrupt import REQUEUE_STATUS, StopRequest, TrainingPreempted
+from attamba.train.watchdog import HANG_STATUS, suspects
+
+
+def curve(folder: str) -> list[tuple]:
+    records = read_metrics(Path(folder) / "metrics.jsonl")
+    return [(r["step"], r.get("loss"), r.get("valid_loss"), r.get("grad_norm")) for r in records]
+
+
+# --------------------------------------------------------------------------------------------
+# Signals
+# --------------------------------------------------------------------------------------------
+
+
+def told_to_leave(config: RunConfig, number: int) -> tuple[str, int, str]:
+    """Rank 1 alone gets the signal, twice, before its sixth step."""
+    batch = Batches.batch
+
+    def signalled(self: Batches, step: int):
+        if os.environ["RANK"] == "1" and step // 2 == 5:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+        return batch(self, step)
+
+    Batches.batch = signalled
+    with pytest.raises(TrainingInterrupted) as caught:
+        train(config)
+    return type(caught.value).__name__, caught.value.exit_status, str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "status"),
+    [
+        (signal.SIGINT, "TrainingInterrupted", 130),
+        (signal.SIGTERM, "TrainingPreempted", REQUEUE_STATUS),
+        (signal.SIGUSR1, "TrainingPreempted", REQUEUE_STATUS),
+    ],
+)
+def test_a_signal_to_one_rank_saves_and_ends_all(make_config, number, name, status):
+    config = make_config()
+    for told in on_ranks(2, told_to_leave, config, number):
+        assert told[:2] == (name, status)
+        assert "Stopped after step 6 of 12 and saved a checkpoint" in told[2]
+    assert list_checkpoints(config.out)[-1].name == "step-00000006"
+
+
+def test_a_signal_to_a_process_alone(make_config):
+    def preempt(record: dict) -> None:
+        if record["step"] == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    config = make_config()
+    with pytest.raises(TrainingPreempted, match="Stopped after step 3"):
+        train(config, on_log=preempt)
+    assert list_checkpoints(config.out)[-1].name == "step-00000003"
+
+
+def test_a_second_signal_changes_nothing_for_the_patient():
+    with StopRequest(patient=True) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested and stop.preempted
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+# --------------------------------------------------------------------------------------------
+# Hanging
+# --------------------------------------------------------------------------------------------
+
+
+def hang(config: RunConfig, how: str) -> None:
+    """Rank 1 never comes to the end of reading its fourth rows."""
+    os.dup2(os.open(f"{config.out}.err{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY), 2)
+    batch = Batches.batch
+
+    def slow(self: Batches, step: int):
+        if os.environ["RANK"] == "1" and step // 2 == 3:
+            if how == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(60)
+        return batch(self, step)
+
+    Batches.batch = slow
+    train(config)
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("asleep", "rank 1 does not go on, at reading the rows of step 4"),
+        ("stopped", "rank 1 does not answer"),
+    ],
+)
+def test_a_rank_that_hangs_is_named(make_config, how, text):
+    config = make_config({"parallel.hang_timeout": 2.0})
+    processes, _ = start_ranks(2, hang, config, how)
+    try:
+        processes[0].join(30)
+        assert processes[0].exitcode == HANG_STATUS
+        said = Path(f"{config.out}.err0").read_text()
+        assert "nothing has moved for 2 seconds (parallel.hang_timeout)" in said
+        assert text in said, said
+        if how == "asleep":
+            processes[1].join(30)
+            assert processes[1].exitcode == HANG_STATUS
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_who_is_suspected():
+    now = 100.0
+    moving = {0: ("9 40 step 5", 99.0), 1: ("9 38 step 5", 99.5), 2: ("9 40 step 5", 99.9)}
+    assert suspects(moving, now, 10) == "rank 1 does not go on, at step 5"
+    assert suspects(moving | {2: ("4 41 step 5", 50.0)}, now, 10).startswith("rank 2 does not answ")
+    same = dict.fromkeys(range(3), ("9 40 step 5", 99.0))
+    assert suspects(same, now, 10) == "all ranks wait at step 5"
+    assert suspects(same | {1: ("", 99.0)}, now, 10) == "rank 1 never began"
+    behind = same | {0: ("9 3 start", 99.0), 1: ("9 3 start", 99.0)}
+    assert suspects(behind, now, 10) == "ranks 0, 1 do not go on, at start"
+
+
+# --------------------------------------------------------------------------------------------
+# kill -9
+# --------------------------------------------------------------------------------------------
+
+
+def steps_done(folder: str) -> int:
+    path = Path(folder) / "metrics.jsonl"
+    return max((r["step"] for r in read_metrics(path)), default=0) if path.exists() else 0
+
+
+def test_a_rank_killed_at_any_moment_loses_no_more_than_since_the_last_checkpoint(make_config):
+    change = {"train.steps": 40, "train.save_every": 2, "train.eval_every": 10}
+    straight, config = make_config(change, out="straight"), make_config(change, out="killed")
+    on_ranks(2, train, straight)
+    draw = random.Random(0)
+    for _ in range(3):
+        began = steps_done(config.out)
+        processes, _ = start_ranks(2, train, config)
+        while steps_done(config.out) < began + 3 and all(p.is_alive() for p in processes):
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.1))
+        processes[draw.randrange(2)].kill()
+        for process in processes:
+            process.join(30)
+            assert not process.is_alive()
+        saved = list_checkpoints(config.out)
+        # One may be half written, the one before is then whole.
+        assert saved and steps_done(config.out) - int(saved[-1].name[-8:]) <= 4
+    on_ranks(2, train, config)
+    assert curve(config.out) == curve(straight.out)
+
+
+# --------------------------------------------------------------------------------------------
+# torchrun
+# --------------------------------------------------------------------------------------------
+
+
+def torchrun(config: RunConfig, *options: str, **environment: str) -> subprocess.Popen:
+    path = Path(config.out).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(to_dict(config)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", *options, "-m", "attamba.cli", "train", str(path)]
+    return subprocess.Popen(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_torchrun_starts_anew_from_the_last_checkpoint(make_config):
+    """A rank is killed; torchrun ends the others and starts all again."""
+    change = {"train.steps": 30, "train.save_every": 2, "train.eval_every": 0}
+    config = make_config(change)
+    config.train = dataclasses.replace(config.train, progress=True)
+    running = torchrun(config, "--max-restarts", "1", "--monitor-interval", "0.1")
+    try:
+        while steps_done(config.out) < 6 and running.poll() is None:
+            time.sleep(0.01)
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        out, err = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == 0, err
+    assert out.count("Going on from") == 1, out
+    assert out.count("30 steps are done") == 1, out
+    steps = [step for step, loss, *_ in curve(config.out) if loss is not None]
+    assert steps == list(range(1, 31))
+
+
+def test_torchrun_passes_sigterm_on_and_waits(make_config):
+    config = make_config({"train.steps": 10_000, "train.save_every": 0, "train.eval_every": 0})
+    running = torchrun(config)
+    try:
+        while steps_done(config.out) < 2 and running.poll() is None:
+            time.sleep(0.01)
+        running.send_signal(signal.SIGTERM)
+        _, err = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode != 0
+    assert err.count("attamba: Stopped after step") == 1, err  # rank 0 alone tells
+    (saved,) = list_checkpoints(config.out)
+    assert int(saved.name[-8:]) >= 2
