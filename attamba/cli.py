@@ -26,29 +26,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status.
 
     0: done. 2: the user's mistake, told in one line on standard error (--debug: with traceback).
-    130: Ctrl-C. 141: nobody reads standard output any more.
+    75: SIGTERM or SIGUSR1 during training, which has saved: start it again. 130: Ctrl-C. 141:
+    nobody reads standard output any more.
     """
     args = parse(argv)
     try:
-        return args.command(args)
+        return _run(args)
     except BrokenPipeError:
         # Python flushes standard output once more on exit; give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except KeyboardInterrupt as stopped:
-        print(f"\nattamba: {str(stopped) or 'interrupted'}", file=sys.stderr)
-        return INTERRUPTED
+        if os.environ.get("RANK", "0") == "0":  # torchrun stops all ranks alike
+            print(f"\nattamba: {str(stopped) or 'interrupted'}", file=sys.stderr)
+        return getattr(stopped, "exit_status", INTERRUPTED)
     except (ValueError, OSError, ImportError) as error:
         return _fail(error, args.debug)
     except RuntimeError as error:
-        from attamba.train import CheckpointError, TrainingDiverged
-
-        if not isinstance(error, (CheckpointError, TrainingDiverged)):
+        if not _is_told(error):
             raise
         return _fail(error, args.debug)
 
 
+def _run(args: argparse.Namespace) -> int:
+    """The command itself; a rank of torchrun that fails ends without looking back.
+
+    Its threads may wait for other ranks, which wait until this one's connections close.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return args.command(args)
+    try:
+        return args.command(args)
+    except Exception as error:
+        status = 1
+        if isinstance(error, (ValueError, OSError, ImportError)) or _is_told(error):
+            status = _fail(error, args.debug)
+        else:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _is_told(error: Exception) -> bool:
+    """Is it an error of training that speaks to the user?"""
+    from attamba.train import CheckpointError, TrainingDiverged
+
+    return isinstance(error, (CheckpointError, TrainingDiverged))
+
+
 def _fail(error: Exception, debug: bool) -> int:
+    if getattr(error, "is_echo", False):
+        return 2  # of torchrun's ranks, the one that it happened to tells it
     if debug:
         traceback.print_exception(error)
     if isinstance(error, OSError) and error.filename is not None:
@@ -93,7 +122,12 @@ def build_parser() -> argparse.ArgumentParser:
     _generate(commands)
     _export(commands)
     _import(commands)
+    _consolidate(commands)
     _serve(commands)
+    _delegated(
+        commands, "launch", "attamba.launch.commands", "train on many GPUs, by SLURM or here"
+    )
+    _delegated(commands, "plan", "attamba.plan.commands", "memory, traffic and time of training")
     bench = commands.add_parser("bench", help="time and memory, measured")
     benches = bench.add_subparsers(metavar="WHAT", required=True)
     _delegated(benches, "decode", "attamba.bench.decode", "a decoding step, at many lengths")
@@ -101,6 +135,9 @@ def build_parser() -> argparse.ArgumentParser:
     _delegated(benches, "tune", "attamba.bench.tune", "tile sizes of the attention kernels")
     _delegated(benches, "train", "attamba.bench.train", "a training step, at many lengths")
     _delegated(benches, "hf", "attamba.bench.hf", "transformers' generate() against our own")
+    study = commands.add_parser("study", help="experiments: run, report, solve")
+    studies = study.add_subparsers(metavar="WHAT", required=True)
+    importlib.import_module("attamba.studies.commands").add_commands(studies, _leaf)
     data = commands.add_parser("data", help="tokenize text, train a tokenizer")
     datas = data.add_subparsers(metavar="WHAT", required=True)
     _data_prepare(datas)
@@ -242,7 +279,8 @@ def _export(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="a score for the model card: what `attamba eval --json` wrote; repeatable",
+        help="scores for the model card: what `attamba eval --json` wrote, of text or of --tasks; "
+        "repeatable",
     )
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default: 5GB)"
@@ -263,6 +301,17 @@ def _import(commands: Commands) -> None:
     parser.add_argument(
         "--tokenizer", metavar="SPEC", help="bytes, or a tokenizer file (default: the folder's)"
     )
+
+
+def _consolidate(commands: Commands) -> None:
+    parser = _leaf(
+        commands,
+        "consolidate",
+        "write a checkpoint of many ranks as one of whole files",
+        _later("consolidate"),
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", help="a run folder or a checkpoint folder")
+    parser.add_argument("out", metavar="OUT", help="the run folder to put the checkpoint in")
 
 
 def _serve(commands: Commands) -> None:
@@ -297,3 +346,7 @@ def _data_tokenizer(commands: Commands) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="text files and folders")
     parser.add_argument("--vocab-size", type=int, required=True, help="tokens, at least 257")
     _text(parser)
+
+
+if __name__ == "__main__":  # torchrun -m attamba.cli train ...
+    sys.exit(main())

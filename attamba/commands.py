@@ -42,9 +42,9 @@ def train(args: argparse.Namespace) -> int:
         raise ConfigError(f"{' and '.join(files)}: give one CONFIG file at most")
     overrides = [word for word in args.overrides if "=" in word]
     result = train(load_run_config(files[0] if files else None, overrides), resume=args.resume)
-    print(
-        f"{result.run_dir}: {result.step} steps are done; score it: attamba eval {result.run_dir}"
-    )
+    if result.is_main:
+        told = f"{result.run_dir}: {result.step} steps are done; "
+        print(f"{told}score it: attamba eval {result.run_dir}")
     return 0
 
 
@@ -197,6 +197,11 @@ def _documents(
             raise ConfigError(f"--data: {ready[0]} is a prepared folder, which must be given alone")
         return _open(ready[0], tokenizer).documents()
     run_dir = folder.resolve().parent.parent
+    if config.data.generate is not None:
+        raise ConfigError(
+            f"{run_dir} was trained on rows of its own making (data.generate), not on text; give "
+            f"--data PATH"
+        )
     if config.data.valid:
         return _prepared(config.data.valid, run_dir / "data" / "valid", tokenizer).documents()
     if config.data.valid_fraction == 0:
@@ -302,7 +307,7 @@ def _speed(stats: GenerationStats) -> str:
 
 
 # --------------------------------------------------------------------------------------------
-# export, import, serve
+# export, import, consolidate, serve
 # --------------------------------------------------------------------------------------------
 
 
@@ -330,6 +335,15 @@ def import_folder(args: argparse.Namespace) -> int:
 
     checkpoint = import_folder(args.folder, args.out, tokenizer=args.tokenizer)
     print(f"{checkpoint}: try it: attamba generate {args.out}")
+    return 0
+
+
+def consolidate(args: argparse.Namespace) -> int:
+    """`attamba consolidate CKPT OUT`."""
+    from attamba.train.checkpoint import consolidate
+
+    checkpoint = consolidate(args.checkpoint, args.out)
+    print(f"{checkpoint}: weights in one file; try it: attamba generate {args.out}")
     return 0
 
 

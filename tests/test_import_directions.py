@@ -21,20 +21,25 @@ PACKAGE = Path(attamba.__file__).parent
 
 # A part may import parts of an earlier line, and of its own.
 LAYERS = [
-    {"config", "data", "ops"},
+    {"config", "mixers", "data", "ops"},
     {"modules"},
     {"models"},
     {
-        *("train", "generation", "sampling", "evaluate", "dial", "plots", "display"),
+        *("train", "generation", "sampling", "evaluate", "dial", "plots", "pictures", "display"),
         *("harness", "hf", "serve"),
     },
     {"cli", "commands", "__main__"},
-    {"demo", "bench", "study"},
+    {"demo", "bench", "studies", "plan", "launch"},
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
 # Parts that are told apart within a line, or held to less than it allows.
-ALLOWED = {"config": {"config"}, "data": {"data", "config"}, "ops": {"ops"}}
+ALLOWED = {
+    "mixers": {"mixers"},
+    "config": {"config", "mixers"},
+    "data": {"data", "config"},
+    "ops": {"ops"},
+}
 
 
 class Arrow(NamedTuple):

@@ -1,0 +1,1 @@
+"""Starts training on many GPUs: jobs of SLURM through submitit, or torchrun on this machine."""

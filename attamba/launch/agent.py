@@ -1,0 +1,57 @@
+"""torchrun that lets training leave in its own time, and hands its exit status on.
+
+    python -m attamba.launch.agent ARGUMENTS OF TORCHRUN
+
+differs from `torchrun` in two things. SIGTERM and SIGUSR1 go on to the ranks, and torchrun waits
+for them to save, where it would kill them after 30 seconds (SIGTERM) or die itself (SIGUSR1). And
+where ranks leave with the status that asks for a requeue it leaves with the same, where it would
+leave with 1 and a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from attamba.train.interrupt import REQUEUE_STATUS, TrainingInterrupted
+
+CHILDREN = Path(f"/proc/self/task/{os.getpid()}/children")
+"""Processes that the main thread started, on Linux."""
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run torchrun; returns its exit status."""
+    if CHILDREN.exists():
+        for number in PASSED_ON:
+            signal.signal(number, _pass_on)
+        # torchrun's own handlers, which replace those that are there, for what is left
+        os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        run.run(run.parse_args(arguments))
+    except ChildFailedError as error:
+        # Ranks that torchrun ended after the first are told by a signal, below zero.
+        statuses = {failure.exitcode for failure in error.failures.values() if failure.exitcode > 0}
+        status = statuses.pop() if len(statuses) == 1 else 1
+        if status not in (REQUEUE_STATUS, TrainingInterrupted.exit_status):
+            print(error, file=sys.stderr)
+        return status
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def _pass_on(number: int, frame: object) -> None:
+    for child in CHILDREN.read_text().split():
+        os.kill(int(child), number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""What a job runs on each of its machines, and how it is described to SLURM."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from attamba.train.interrupt import REQUEUE_STATUS
+
+MISTAKE = 2
+"""Exit status of a mistake in the command, which would be made again."""
+FIRST_PORT, PORTS = 20_000, 10_000
+"""Where the machines of a job meet: a port of the first one, by the job's number."""
+
+
+class TrainingFailed(RuntimeError):
+    """Training left with a status that no requeue will mend; its log says why."""
+
+
+def torchrun(
+    gpus: int, train: Sequence[str], meeting: Sequence[str] = ("--standalone",)
+) -> list[str]:
+    """A command that starts `gpus` ranks of `attamba train` on one machine.
+
+    train: arguments of `attamba train`. meeting: how torchrun finds those on other machines.
+    """
+    agent = [sys.executable, "-m", "attamba.launch.agent"]
+    return [*agent, *meeting, f"--nproc-per-node={gpus}", "-m", "attamba", "train", *train]
+
+
+def meeting(nodes: int, node: int | str, host: str, port: int | str, job: str) -> list[str]:
+    """Arguments of torchrun with which the machines of a job find each other."""
+    return [
+        f"--nnodes={nodes}",
+        f"--node-rank={node}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={host}:{port}",
+        f"--rdzv-id={job}",
+    ]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What submitit calls on every machine of a job."""
+
+    nodes: int
+    gpus: int
+    """Of each machine."""
+    train: list[str]
+    """Arguments of `attamba train`."""
+    restarts: int = 0
+    """After failures of training."""
+    folder: Path = Path()
+    """Where failures are counted, if there may be restarts."""
+
+    def __call__(self) -> int:
+        """Train; where SLURM took the machines back, put the job into its queue again.
+
+        Returns the exit status, or raises TrainingFailed where the job is to end with it.
+        """
+        import submitit
+
+        # SLURM sends it to every process of the job; the ranks are those that heed it.
+        signal.signal(signal.SIGUSR1, lambda number, frame: None)
+        env = submitit.JobEnvironment()
+        port = FIRST_PORT + int(env.raw_job_id) % PORTS
+        found = meeting(self.nodes, env.node, env.hostnames[0], port, env.raw_job_id)
+        status = subprocess.run(torchrun(self.gpus, self.train, found)).returncode
+        preempted = status == REQUEUE_STATUS
+        again = env.node == 0 if preempted else status and self._may_restart(status, env.raw_job_id)
+        if again:
+            subprocess.run(["scontrol", "requeue", env.raw_job_id], check=True)
+        elif status and not preempted:
+            raise TrainingFailed(f"`attamba train {shlex.join(self.train)}` left with {status}")
+        return status
+
+    def _may_restart(self, status: int, number: str) -> bool:
+        """Is a restart left after this failure, and is this machine the first to ask for it?
+
+        A file stands for each: machines fail one after the other.
+        """
+        if status == MISTAKE or len(list(self.folder.glob(f"{number}_failed_*"))) >= self.restarts:
+            return False
+        begun = os.environ.get("SLURM_RESTART_COUNT", "0")
+        try:
+            (self.folder / f"{number}_failed_{begun}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def shown(self) -> str:
+        """The command of each machine, for people: names of SLURM's variables for their values."""
+        port = f"({FIRST_PORT} + $SLURM_JOB_ID % {PORTS})"
+        found = meeting(self.nodes, "$SLURM_NODEID", "<first machine>", port, "$SLURM_JOB_ID")
+        return " ".join(torchrun(self.gpus, self.train, found))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What SLURM is asked for. Defaults are the cluster's own, but for the grace."""
+
+    job: Job
+    folder: Path
+    """Of scripts and logs; every machine must see it."""
+    name: str
+    grace: int = 300
+    """Seconds before the time limit at which the ranks are told to save."""
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    cpus: int | None = None
+    """Of each machine."""
+    mem: str | None = None
+    """Of each machine, with its unit."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell before training."""
+
+    def parameters(self) -> dict[str, Any]:
+        """As submitit's SlurmExecutor takes them; None leaves a choice to the cluster."""
+        return {
+            "job_name": self.name,
+            "nodes": self.job.nodes,
+            "ntasks_per_node": 1,
+            "gpus_per_node": self.job.gpus,
+            "time": self.time,
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "constraint": self.constraint,
+            "cpus_per_task": self.cpus,
+            "setup": self.setup or None,
+            "stderr_to_stdout": True,
+            "srun_args": [
+                "--kill-on-bad-exit=1"
+            ],  # the others would wait for a machine that failed
+            "wckey": None,
+            # submitit would have its own signal sent, on which it starts a function anew
+            "additional_parameters": {"signal": f"USR1@{self.grace}", "requeue": True}
+            | ({"mem": self.mem} if self.mem else {}),
+        }
+
+    def script(self) -> str:
+        """The batch script that submit would hand to sbatch."""
+        from submitit.slurm.slurm import _make_sbatch_string
+
+        call = shlex.join([sys.executable, "-u", "-m", "submitit.core._submit", str(self.folder)])
+        return _make_sbatch_string(command=call, folder=self.folder, **self.parameters())
+
+    def submit(self) -> str:
+        """Put the job into SLURM's queue; returns its number."""
+        import submitit
+
+        executor = submitit.SlurmExecutor(self.folder)
+        executor.update_parameters(**self.parameters())
+        return executor.submit(self.job).job_id
+
+
+def run_here(gpus: int, train: Sequence[str]) -> None:
+    """Become torchrun on this machine; does not return."""
+    command = torchrun(gpus, train)
+    os.execv(command[0], command)

@@ -1,0 +1,108 @@
+"""Chunk ends where there is no text to look at, and how many of them other ranks have."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+from attamba.config import AttambaMixer, ModelConfig, from_dict, to_dict
+from attamba.mixers import Mixer, TransformerMixer
+from attamba.models.accounting import layer_ends
+from attamba.ops.chunking import BOUNDARIES
+from attamba.plan.layout import Layout
+
+HEAD_WIDTH = 64
+"""Of the transformer's heads where the model that it stands beside has none."""
+
+
+def countable(config: ModelConfig) -> ModelConfig:
+    """`config` with chunks that can be counted without a text.
+
+    Policies that look at tokens or scores, or are told, become `cyclic` with chunks of chunk_size
+    tokens, which is their mean.
+    """
+    return _with_mixers(config, [_countable(mixer) for mixer in _mixers(config)])
+
+
+def told(config: ModelConfig) -> bool:
+    """Does `countable` change anything?"""
+    return countable(config) != config
+
+
+def as_transformer(config: ModelConfig) -> ModelConfig:
+    """The same sizes with full attention in every layer: width, layers, heads, feed-forward part.
+
+    Layers without heads get those of the first layer that has some, or heads of 64.
+    """
+    heads = next(
+        (m for m in _mixers(config) if isinstance(m, (AttambaMixer, TransformerMixer))), None
+    )
+    if heads is None:
+        width = HEAD_WIDTH if config.dim % HEAD_WIDTH == 0 else config.dim
+        heads = TransformerMixer(n_heads=config.dim // width)
+    mixers: list[Mixer] = []
+    for mixer in _mixers(config):
+        like = mixer if isinstance(mixer, (AttambaMixer, TransformerMixer)) else heads
+        mixers.append(
+            TransformerMixer(
+                n_heads=like.n_heads, n_kv_heads=like.n_kv_heads, head_dim=like.head_dim
+            )
+        )
+    return _with_mixers(config, mixers)
+
+
+def entries_of_others(config: ModelConfig, layer_idx: int, layout: Layout) -> float:
+    """Keys that a rank needs from the ranks before it, of one row and head, at one layer.
+
+        attamba               min(L, T - T/ranks) of the window, and the chunk ends of the others
+        transformer           T - T/ranks: ring attention brings all of them by
+        sliding window        min(window - 1, T - T/ranks)
+
+    The chunk ends of all ranks are gathered at once, so each receives the same, the last as much
+    as the first.
+    """
+    if layout.context == 1:
+        return 0.0
+    mixer = config.layer_mixers()[layer_idx]
+    others = layout.seq_len * (layout.context - 1) / layout.context
+    if isinstance(mixer, TransformerMixer):
+        return others if mixer.window is None else min(mixer.window - 1, others)
+    if not isinstance(mixer, AttambaMixer):
+        return 0.0
+    if mixer.leading_tokens is None:
+        return others
+    ends = _n_ends(_key(config), layer_idx, layout.seq_len)
+    return min(mixer.leading_tokens, others) + ends * (layout.context - 1) / layout.context
+
+
+@functools.lru_cache(maxsize=1024)
+def _n_ends(key: str, layer_idx: int, seq_len: int) -> float:
+    """Chunk ends of one layer in a row, a head's mean."""
+    config = countable(from_dict(ModelConfig, json.loads(key)))
+    ends = layer_ends(config, layer_idx, seq_len)
+    return ends.sum().item() / ends.shape[0]
+
+
+def _key(config: ModelConfig) -> str:
+    return json.dumps(to_dict(config))
+
+
+def _mixers(config: ModelConfig) -> list[Mixer]:
+    return config.mixer if isinstance(config.mixer, list) else [config.mixer]
+
+
+def _with_mixers(config: ModelConfig, mixers: list[Mixer]) -> ModelConfig:
+    return dataclasses.replace(
+        config, mixer=mixers if isinstance(config.mixer, list) else mixers[0]
+    )
+
+
+def _countable(mixer: Mixer) -> Mixer:
+    if not isinstance(mixer, AttambaMixer):
+        return mixer
+    name = mixer.boundary if isinstance(mixer.boundary, str) else mixer.boundary["type"]
+    policy = BOUNDARIES.get(name)
+    if policy is None or not (policy.needs_tokens or name == "given" or not policy.causal):
+        return mixer
+    return dataclasses.replace(mixer, boundary="cyclic")

@@ -1,0 +1,326 @@
+"""attamba launch: the script and command that it makes, and a job from queue to requeue.
+
+SLURM's commands are stood in for by small scripts on the path.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from attamba import cli
+from attamba.launch.job import Job, TrainingFailed, meeting, torchrun
+
+pytest.importorskip("submitit")
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "configs/tiny.yaml")
+RUN = ["launch", TINY, "data.batch_size=32"]
+needs_proc = pytest.mark.skipif(
+    not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="Linux tells children"
+)
+
+
+# --------------------------------------------------------------------------------------------
+# What would be run
+# --------------------------------------------------------------------------------------------
+
+
+def test_the_script(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    asked = ["--nodes", "2", "--gpus", "8", "--time", "1-12:00:00", "--partition", "gpu"]
+    asked += ["--account", "lab", "--qos", "high", "--constraint", "h100", "--cpus", "96"]
+    asked += ["--mem", "512G", "--grace", "120", "--setup", "module load cuda"]
+    assert cli.main([*RUN, f"out={tmp_path}/big", *asked, "--dry-run"]) == 0
+    script = capsys.readouterr().out
+    for flag in (
+        "nodes=2",
+        "gpus-per-node=8",
+        "ntasks-per-node=1",
+        "time=1-12:00:00",
+        "partition=gpu",
+        "account=lab",
+        "qos=high",
+        "constraint=h100",
+        "cpus-per-task=96",
+        "mem=512G",
+        "signal=USR1@120",
+        "requeue",
+        "job-name=attamba-big",
+        f"output={tmp_path}/big/slurm/%j_0_log.out",
+    ):
+        assert f"\n#SBATCH --{flag}\n" in script
+    assert "\nmodule load cuda\n" in script
+    assert f"submitit.core._submit {tmp_path}/big/slurm\n" in script
+    (command,) = [line for line in script.splitlines() if "attamba.launch.agent" in line]
+    assert "--nnodes=2 --node-rank=$SLURM_NODEID --rdzv-backend=c10d" in command
+    assert command.endswith(
+        f"--nproc-per-node=8 -m attamba train {TINY} data.batch_size=32 out={tmp_path}/big"
+    )
+    assert not (tmp_path / "big").exists()
+
+
+def test_what_is_not_asked_for_is_left_to_the_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*RUN, "--gpus", "2", "--dry-run", "--folder", "logs"]) == 0
+    script = capsys.readouterr().out
+    assert f"output={Path.cwd()}/logs/%j_0_log.out" in script
+    for name in ("time", "partition", "mem", "account", "wckey", "cpus-per-task"):
+        assert f"--{name}" not in script
+
+
+def test_the_command_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*RUN, "--gpus", "4", "--local", "--dry-run"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words == torchrun(4, [TINY, "data.batch_size=32"])
+    assert words[:4] == [sys.executable, "-m", "attamba.launch.agent", "--standalone"]
+    assert words[4:] == ["--nproc-per-node=4", "-m", "attamba", "train", TINY, "data.batch_size=32"]
+
+
+def test_torchrun_understands_both_commands() -> None:
+    from torch.distributed.run import parse_args
+
+    met = meeting(3, 2, "node-a", 20_007, "7")
+    for command, nodes in ((torchrun(4, ["x.yaml"]), "1:1"), (torchrun(4, ["x.yaml"], met), "3")):
+        args = parse_args(command[3:])
+        assert (args.nnodes, args.nproc_per_node, args.module) == (nodes, "4", True)
+        assert [args.training_script, *args.training_script_args] == ["attamba", "train", "x.yaml"]
+    assert (args.node_rank, args.rdzv_endpoint, args.rdzv_id) == (2, "node-a:20007", "7")
+
+
+# --------------------------------------------------------------------------------------------
+# Mistakes
+# --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpus", "0"], "--gpus=0 must be at least 1"),
+        (["--gpus", "1", "--nodes", "-1"], "--nodes=-1 must be at least 1"),
+        (["--gpus", "5"], "data.batch_size=32 cannot be divided among 5 ranks"),
+        (["--gpus", "4", "parallel.replicate=3"], "parallel.replicate=3"),
+        (["--gpus", "4", "--time", "tomorrow"], "--time=tomorrow is no limit"),
+        (["--gpus", "4", "--mem", "lots"], "--mem=lots is no size"),
+        (["--gpus", "4", "--local", "--nodes", "2"], "--nodes=2 with --local"),
+        (["--gpus", "4", "--local", "--qos", "x"], "--qos is for SLURM and has no effect"),
+        (["--gpus", "4", "--local", "--restarts", "1"], "--restarts is for SLURM"),
+        (["--gpus", "4", "--restarts", "0"], "--restarts=0 must be at least 1"),
+        (["--gpus", "4", "optim.learning_rate=1"], "unknown key 'optim.learning_rate'"),
+    ],
+)
+def test_mistakes(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*RUN, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_slurm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert cli.main([*RUN, "--gpus", "4"]) == 2
+    assert "there is no sbatch and srun here" in capsys.readouterr().err
+
+
+def test_no_submitit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main([*RUN, "--gpus", "4", "--dry-run"]) == 2
+    assert "pip install 'attamba[slurm]'" in capsys.readouterr().err
+    assert cli.main([*RUN, "--gpus", "4", "--dry-run", "--local"]) == 0
+
+
+# --------------------------------------------------------------------------------------------
+# The agent
+# --------------------------------------------------------------------------------------------
+
+
+def _agent(folder: Path, module: str, ranks: int = 2) -> subprocess.Popen[str]:
+    """torchrun on a module of two lines or so, which every rank runs."""
+    (folder / "ranks.py").write_text(module)
+    command = [sys.executable, "-m", "attamba.launch.agent", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", "-m", "ranks"]
+    env = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(("ranks_leave_with", "status"), [(75, 75), (2, 2)])
+def test_the_agent_leaves_as_its_ranks_do(
+    ranks_leave_with: int, status: int, tmp_path: Path
+) -> None:
+    agent = _agent(tmp_path, f"import sys\nsys.exit({ranks_leave_with})\n")
+    _, told = agent.communicate(timeout=120)
+    assert agent.returncode == status
+    assert ("Root Cause" in told) == (status != 75)
+
+
+SAVES = """
+import os, signal, sys, time
+def save(number, frame):
+    time.sleep(0.5)
+    open(f"saved-{os.environ['RANK']}", "w").write(signal.Signals(number).name)
+    sys.exit(75)
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, save)
+open(f"ready-{os.environ['RANK']}", "w").close()
+time.sleep(100)
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_the_agent_passes_signals_on_and_waits(number: signal.Signals, tmp_path: Path) -> None:
+    agent = _agent(tmp_path, SAVES)
+    _wait(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)))
+    agent.send_signal(number)
+    agent.communicate(timeout=120)
+    assert agent.returncode == 75
+    assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == [number.name] * 2
+
+
+def _wait(until: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.05)
+
+
+# --------------------------------------------------------------------------------------------
+# A job
+# --------------------------------------------------------------------------------------------
+
+SBATCH = """#!/bin/sh
+# The script's first run, in the background, as job 41 on one machine.
+echo "Submitted batch job 41"
+mkdir -p {folder}
+SLURM_JOB_ID=41 SLURM_JOBID=41 SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 \
+SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_JOB_NODELIST=localhost \
+    setsid sh "$1" > {folder}/batch.log 2>&1 < /dev/null &
+echo $! > {folder}/batch.pid
+"""
+SRUN = """#!/bin/sh
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --unbuffered|--kill-on-bad-exit=1) shift ;;
+        --output) log=$(echo "$2" | sed "s/%j/41/; s/%t/0/"); shift 2 ;;
+        *) exec "$@" > "$log" 2>&1 ;;
+    esac
+done
+"""
+SCONTROL = """#!/bin/sh
+echo "$@" > {folder}/scontrol
+"""
+
+
+@needs_proc
+def test_a_job_saves_and_goes_back_into_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two ranks train; the time limit nears; they save, and the job is queued again."""
+    bin_folder, state, out = tmp_path / "bin", tmp_path / "state", tmp_path / "run"
+    bin_folder.mkdir()
+    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):
+        (bin_folder / name).write_text(text.replace("{folder}", str(state)))
+        (bin_folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin_folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a king who had a cat.\n" * 200)
+    small = ["model.dim=32", "model.n_layers=1", "mixer.ssm_heads=2", "data.batch_size=2"]
+    small += ["data.seq_len=32", "train.device=cpu", "train.progress=false", "train.log_every=1"]
+    small += ["train.steps=1000000", "train.eval_every=0", "train.save_every=0"]
+    config = [TINY, f"data.train={text}", f"out={out}", *small]
+    assert cli.main(["launch", *config, "--gpus", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "job 41 is in the queue" in told
+    batch = int((state / "batch.pid").read_text())
+    log = out / "slurm" / "41_0_log.out"
+    try:
+        _wait(lambda: (out / "metrics.jsonl").exists())
+        # SLURM signals every process; those of the ranks' own sessions hear it from the agent.
+        os.killpg(batch, signal.SIGUSR1)
+        _wait(lambda: (state / "scontrol").exists())
+    finally:
+        print(log.read_text() if log.exists() else "no log")
+        _end(batch)
+    assert (state / "scontrol").read_text() == "requeue 41\n"
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    assert checkpoint.name.startswith("step-")
+
+
+def _end(group: int) -> None:
+    try:
+        os.killpg(group, signal.SIGTERM)
+    except ProcessLookupError:
+        return
+
+
+@pytest.mark.parametrize(
+    ("node", "status", "ran"),
+    [(0, 0, []), (0, 75, [["scontrol", "requeue", "70041"]]), (1, 75, [])],
+)
+def test_one_machine_queues_the_job_again(
+    node: int, status: int, ran: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = _on_a_machine(node, status, monkeypatch)
+    assert Job(nodes=2, gpus=4, train=["x.yaml"])() == status
+    met = meeting(2, node, "gpu07", 20_041, "70041")
+    assert commands == [torchrun(4, ["x.yaml"], met), *ran]
+
+
+def test_a_job_that_failed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = _on_a_machine(0, 2, monkeypatch)
+    with pytest.raises(TrainingFailed, match=r"`attamba train x\.yaml out=y` left with 2"):
+        Job(nodes=2, gpus=4, train=["x.yaml", "out=y"])()
+    assert len(commands) == 1
+
+
+def test_a_job_that_failed_may_be_restarted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for each time that it ran, whichever machines fail, and as often as was asked."""
+    again = ["scontrol", "requeue", "70041"]
+    job = Job(nodes=2, gpus=4, train=["x.yaml"], restarts=2, folder=tmp_path)
+    for begun, node in (("0", 1), ("3", 0)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", begun)
+        commands = _on_a_machine(node, 1, monkeypatch)
+        assert job() == 1 and commands[1:] == [again]
+        commands = _on_a_machine(1 - node, 1, monkeypatch)
+        with pytest.raises(TrainingFailed):
+            job()
+        assert again not in commands
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "4")
+    commands = _on_a_machine(0, 1, monkeypatch)
+    with pytest.raises(TrainingFailed):
+        job()
+    assert again not in commands
+
+
+def test_a_mistake_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = _on_a_machine(0, 2, monkeypatch)
+    with pytest.raises(TrainingFailed):
+        Job(nodes=1, gpus=1, train=["x.yaml"], restarts=5, folder=tmp_path)()
+    assert len(commands) == 1 and not list(tmp_path.iterdir())
+
+
+def _on_a_machine(node: int, status: int, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Make this process one of job 70041's; training leaves with `status`. Returns what is run."""
+    machine = {"JOB_ID": "70041", "NTASKS": "2", "JOB_NUM_NODES": "2", "NODEID": str(node)}
+    machine |= {"PROCID": str(node), "LOCALID": "0", "JOB_NODELIST": "gpu[07-08]"}
+    for name, value in machine.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, status if "train" in command else 0)
+
+    monkeypatch.setattr("attamba.launch.job.subprocess.run", run)
+    monkeypatch.setattr("attamba.launch.job.signal.signal", lambda number, handler: None)
+    return commands
