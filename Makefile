@@ -10,8 +10,9 @@ DEV    := $(VENV)/.ready-dev
 demo: $(READY)          ## train Attamba and a transformer on Python's own source, compare, report
 	$(BIN)/attamba demo
 
+# A process for each core, one thread in each; a file's tests stay together, for their fixtures.
 test: check docs        ## lint, format, types, documentation, tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(DEV)
 	$(BIN)/ruff check .
