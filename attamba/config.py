@@ -14,7 +14,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union
@@ -427,10 +427,9 @@ def _mixer(value: Any, where: str) -> Mixer:
         )
     name = value.get("type", "attamba")
     if name not in MIXERS:
-        nearest = difflib.get_close_matches(str(name), MIXERS, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        there = ", ".join(MIXERS)
         raise ConfigError(
-            f"{where}.type={name!r} is not a mixer (there are: {', '.join(MIXERS)}){hint}"
+            f"{where}.type={name!r} is not a mixer (there are: {there}){did_you_mean(name, MIXERS)}"
         )
     return from_dict(MIXERS[name], value, where)
 
@@ -452,10 +451,10 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     elif origin is Literal:
         if value in typing.get_args(hint):
             return value
-        nearest = difflib.get_close_matches(str(value), [str(a) for a in typing.get_args(hint)], 1)
-        hint_text = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        choices = ", ".join(map(str, typing.get_args(hint)))
-        raise ConfigError(f"{where}={value!r} must be one of: {choices}{hint_text}")
+        choices = [str(choice) for choice in typing.get_args(hint)]
+        raise ConfigError(
+            f"{where}={value!r} must be one of: {', '.join(choices)}{did_you_mean(value, choices)}"
+        )
     elif origin is list and isinstance(value, (list, tuple)):
         return [_coerce(typing.get_args(hint)[0], v, f"{where}.{i}") for i, v in enumerate(value)]
     elif origin is dict and isinstance(value, dict):
@@ -551,6 +550,12 @@ def _copy(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {k: _copy(v) for k, v in tree.items()}
     return [_copy(v) for v in tree] if isinstance(tree, list) else tree
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or nothing."""
+    nearest = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def _unknown(key: str, known: Sequence[str], where: str) -> typing.NoReturn:

@@ -9,14 +9,13 @@ Shapes: B rows, T tokens of a row, n pairs.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from attamba.config import ConfigError, from_dict
+from attamba.config import ConfigError, did_you_mean, from_dict
 
 from .loader import UNSCORED, Batch
 
@@ -177,10 +176,10 @@ def make_task(spec: dict[str, Any]) -> Task:
     """The task that data.generate describes. Raises ConfigError naming what is wrong."""
     name = spec.get("type")
     if name not in TASKS:
-        nearest = difflib.get_close_matches(str(name), TASKS, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        there = ", ".join(TASKS)
         raise ConfigError(
-            f"data.generate.type={name!r} is not a task (there are: {', '.join(TASKS)}){hint}"
+            f"data.generate.type={name!r} is not a task (there are: {there})"
+            f"{did_you_mean(name, TASKS)}"
         )
     return from_dict(TASKS[name], spec, "data.generate")
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from attamba.config import ConfigError
 from attamba.data.files import write_aside
+from attamba.train.run_folder import dotted
 
 Record = dict[str, Any]
 
@@ -88,7 +89,7 @@ def read_results(root: Path, study: str) -> list[Result]:
 
 def differences(there: Record, here: Record) -> list[str]:
     """Keys of two configurations that disagree on what is computed, as text."""
-    a, b = _flat(there), _flat(here)
+    a, b = dotted(there), dotted(here)
     return [
         f"{key}: {a.get(key)!r} there, {b.get(key)!r} here"
         for key in sorted(a.keys() | b.keys())
@@ -99,17 +100,6 @@ def differences(there: Record, here: Record) -> list[str]:
 def _free(key: str) -> bool:
     # `backend` stands in a mixer or in each of a list of mixers.
     return key in FREE or key.endswith(".backend")
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, list) and any(isinstance(value, dict) for value in tree):
-        tree = {str(i): value for i, value in enumerate(tree)}
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}.{key}" if prefix else key))
-    return flat
 
 
 def thinned(records: list[Record], most: int = 100) -> list[Record]:

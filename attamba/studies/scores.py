@@ -6,13 +6,12 @@ gives plain numbers for a result file.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from attamba.config import ConfigError, from_dict
+from attamba.config import ConfigError, did_you_mean, from_dict
 
 if TYPE_CHECKING:
     from attamba.config import RunConfig
@@ -197,10 +196,10 @@ def make_score(spec: dict[str, Any], where: str) -> Score:
     """The score that a recipe describes. Raises ConfigError naming what is wrong."""
     kind = spec.get("kind")
     if kind not in KINDS:
-        nearest = difflib.get_close_matches(str(kind), KINDS, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        there = ", ".join(KINDS)
         raise ConfigError(
-            f"{where}.kind={kind!r} is no kind of score (there are: {', '.join(KINDS)}){hint}"
+            f"{where}.kind={kind!r} is no kind of score (there are: {there})"
+            f"{did_you_mean(kind, KINDS)}"
         )
     return from_dict(KINDS[kind], spec, where)
 

@@ -150,7 +150,7 @@ def check_same_data(
 
 
 def _check_same(saved: RunConfig, config: RunConfig, run_dir: Path) -> None:
-    there, here = _flat(to_dict(saved)), _flat(to_dict(config))
+    there, here = dotted(to_dict(saved)), dotted(to_dict(config))
     differing = [
         f"  {key}: {there.get(key)!r} there, {here.get(key)!r} here"
         for key in sorted(there.keys() | here.keys())
@@ -170,7 +170,7 @@ def _may_change(key: str, value: Any) -> bool:
     return key in FREE or moved
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def dotted(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries, and lists of them (mixers), as dotted keys."""
     if isinstance(tree, list) and any(isinstance(value, dict) for value in tree):
         tree = {str(i): value for i, value in enumerate(tree)}
@@ -178,7 +178,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: tree}
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}.{key}" if prefix else key))
+        flat.update(dotted(value, f"{prefix}.{key}" if prefix else key))
     return flat
 
 
