@@ -162,3 +162,33 @@ def test_the_recorded_command_is_without_the_file_to_write(monkeypatch):
     assert common.command_line() == "attamba bench train --dim=8"
     monkeypatch.setattr(sys, "argv", ["attamba", "bench", "--json=/a/b"])
     assert common.command_line() == "attamba bench"
+
+
+def test_captured_steps_are_held_against_both_kinds_of_transformer():
+    own = {"step_ms": 2.0, "floor_ms": 1.0, "share_of_floor": 0.5, "tokens_per_second": 500.0}
+    sizes = {"step_ms_p90": 2.0, "bytes_used": 1, "bytes_allocated": 1, "speedup": 1.5}
+    row = {"length": 1024, "attamba": own | sizes, "transformer": own | sizes, "speedup": 1.5}
+    row |= {"bytes_ratio": 1.0, "library": {"flash": 9.0, "cudnn": 6.0, "efficient": "too large"}}
+    *_, captured = decode.tables({"rows": [row], "copy_bytes_per_second": 1e12})
+    assert captured.rows[0] == [
+        "1,024 attamba",
+        "2.000 ms",
+        "1.000 ms",
+        "50%",
+        "500",
+        "1.50",
+        "3.00",
+    ]
+    assert captured.rows[-1][:2] == ["1,024 transformer, efficient", "does not run"]
+    assert all(len(line) == len(captured.headers) for line in captured.rows)
+
+
+def test_the_readme_shows_every_result_file_as_it_is():
+    folder = Path(__file__).parents[2] / "benchmarks"
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    files = sorted((folder / "results").glob("*.json"))
+    assert len(files) >= 8
+    for path in files:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for block in report.markdown(record).split("\n\n"):
+            assert block in text, f"{path.name}: {block[:80]}"
