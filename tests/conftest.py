@@ -5,6 +5,7 @@ imported.
 """
 
 import os
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,10 @@ import torch
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that: tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
