@@ -29,11 +29,6 @@ needs_proc = pytest.mark.skipif(
 )
 
 
-# --------------------------------------------------------------------------------------------
-# What would be run
-# --------------------------------------------------------------------------------------------
-
-
 def test_the_script(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     asked = ["--nodes", "2", "--gpus", "8", "--time", "1-12:00:00", "--partition", "gpu"]
     asked += ["--account", "lab", "--qos", "high", "--constraint", "h100", "--cpus", "96"]
@@ -94,11 +89,6 @@ def test_torchrun_understands_both_commands() -> None:
     assert (args.node_rank, args.rdzv_endpoint, args.rdzv_id) == (2, "node-a:20007", "7")
 
 
-# --------------------------------------------------------------------------------------------
-# Mistakes
-# --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -132,11 +122,6 @@ def test_no_submitit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert cli.main([*RUN, "--gpus", "4", "--dry-run"]) == 2
     assert "pip install 'attamba[slurm]'" in capsys.readouterr().err
     assert cli.main([*RUN, "--gpus", "4", "--dry-run", "--local"]) == 0
-
-
-# --------------------------------------------------------------------------------------------
-# The agent
-# --------------------------------------------------------------------------------------------
 
 
 def _agent(folder: Path, module: str, ranks: int = 2) -> subprocess.Popen[str]:
@@ -189,10 +174,6 @@ def _wait(until: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-# --------------------------------------------------------------------------------------------
-# A job
-# --------------------------------------------------------------------------------------------
-
 SBATCH = """#!/bin/sh
 # The script's first run, in the background, as job 41 on one machine.
 echo "Submitted batch job 41"
@@ -240,7 +221,9 @@ def test_a_job_saves_and_goes_back_into_the_queue(
     batch = int((state / "batch.pid").read_text())
     log = out / "slurm" / "41_0_log.out"
     try:
-        _wait(lambda: (out / "metrics.jsonl").exists())
+        # A record of a step: by then all ranks listen. The file alone is there before they do.
+        records = out / "metrics.jsonl"
+        _wait(lambda: records.exists() and records.stat().st_size > 0)
         # SLURM signals every process; those of the ranks' own sessions hear it from the agent.
         os.killpg(batch, signal.SIGUSR1)
         _wait(lambda: (state / "scontrol").exists())
