@@ -35,7 +35,7 @@ def tile_of(rows: int, inputs: int, normed: bool, dtype: torch.dtype) -> Tile:
     if block_rows == 64:
         return Tile(block_rows, 32, min(64, wide))
     if block_rows == 32:
-        return Tile(32, 32 if normed else 16, min(256, wide), warps=8, split=1 if normed else 2)
+        return Tile(32, 32 if normed else 16, min(256, wide), warps=4 if normed else 8)
     if normed:
         return Tile(block_rows, 32, wide if wide <= 512 else 256)
     if wide <= 512:
