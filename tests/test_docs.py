@@ -212,7 +212,7 @@ def check(words: list[str]) -> None:
     program, *arguments = words
     if program == "attamba":
         _check_own(cli.parse(arguments))
-    elif program == "attamba-lm-eval":
+    elif program in ("attamba-lm-eval", "lm_eval"):
         _check_harness(arguments)
     elif program == "torchrun":
         from torch.distributed.run import get_args_parser
