@@ -176,11 +176,21 @@ def measure_attention(
 
 def tables(record: dict[str, Any]) -> list[common.Table]:
     """A record that run() made, as tables."""
-    names = list(dict.fromkeys(name for row in record.get("rows", []) for name in row["ms"]))
+    blocks = _attention(record["rows"]) if "rows" in record else []
+    if "compressors" in record:
+        blocks.append(_compressors(record["compressors"]))
+    if "peers" in record:
+        blocks.append(_peers(record["peers"]))
+    return blocks
+
+
+def _attention(measured: list[dict[str, Any]]) -> list[common.Table]:
+    """Attention forward, and forward and backward."""
+    names = list(dict.fromkeys(name for row in measured for name in row["ms"]))
     blocks = []
     for part, title in (("forward", "forward"), ("both", "forward and backward")):
         rows = []
-        for row in record.get("rows", []):
+        for row in measured:
             cells = [f"{row['length']:,} x {row['heads']} heads of {row['width']}"]
             cells += [f"{row['ms'][n][part]:.3f} ms" if n in row["ms"] else "-" for n in names]
             cells += [f"{row[f'{n}_speedup'][part]:.2f}" for n in ("cyclic", "head_cyclic")]
@@ -190,10 +200,6 @@ def tables(record: dict[str, Any]) -> list[common.Table]:
         last = ["of matrix rate"] if part == "forward" else []
         headers = ["tokens", *names, "cyclic: times faster", "head_cyclic", *last]
         blocks.append(common.Table(f"attention, {title}", headers, rows))
-    if "compressors" in record:
-        blocks.append(_compressors(record["compressors"]))
-    if "peers" in record:
-        blocks.append(_peers(record["peers"]))
     return blocks
 
 
