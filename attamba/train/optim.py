@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from attamba.config import OptimConfig, RunConfig
 
 STATE = ("step", "exp_avg", "exp_avg_sq")
+NO_DECAY = "_no_weight_decay"
+"""Attribute of parameters that are sets of vectors, whatever their shape."""
 
 
 def lr_at(step: int, config: RunConfig) -> float:
@@ -40,7 +42,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        vector = parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False)
+        vector = parameter.ndim < 2 or getattr(parameter, NO_DECAY, False)
         (plain if vector else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},

@@ -20,6 +20,8 @@ from torch.utils.checkpoint import (
 
 from attamba.config import RunConfig
 from attamba.models import Decoder
+from attamba.ops.row_ranks import RowRanks
+from attamba.train.optim import NO_DECAY
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -43,10 +45,10 @@ _PRODUCTS = frozenset(
 def parallelize(model: Decoder, mesh: DeviceMesh | None, config: RunConfig) -> Forward:
     """Apply config.parallel and train.compile to `model`, in place; return what to call.
 
-    mesh: with dimensions "replicate" and "shard"; parameters become DTensors on it, on its
+    mesh: with the dimensions of distributed.DIMENSIONS; parameters become DTensors on it, on its
         devices. None: one process, on whose device the model is already.
 
-    Gradients are averaged over the ranks of the mesh.
+    Gradients are averaged over the ranks of the mesh that work on different tokens.
     """
     kind = config.parallel.activation_checkpointing
     if kind != "none":
@@ -56,9 +58,11 @@ def parallelize(model: Decoder, mesh: DeviceMesh | None, config: RunConfig) -> F
             _allow_memo()
     if mesh is None:
         return torch.compile(model) if config.train.compile else model
+    if mesh["context"].size() > 1:
+        model.row_ranks = _row_ranks(mesh["context"])
     if config.train.compile:
         _compile_layers(model)
-    _shard(model, mesh, config.parallel.gather_dtype == "bfloat16")
+    _shard(model, weights_mesh(mesh), config.parallel.gather_dtype == "bfloat16")
     return model
 
 
@@ -77,6 +81,25 @@ def reshard(model: nn.Module) -> None:
     free = getattr(model, "reshard", None)  # by fully_shard
     if free is not None:
         free()
+
+
+def weights_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh on which parameters lie: "replicate", "shard" and "tensor".
+
+    Ranks that share rows are among those that share parameters: they need the same ones.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    names = ("replicate", "shard", "tensor")
+    if mesh["context"].size() == 1:
+        return mesh[names]
+    replicate, shard, context, tensor = mesh.shape
+    sizes = (replicate, shard * context, tensor)
+    return init_device_mesh(mesh.device_type, sizes, mesh_dim_names=names)
+
+
+def _row_ranks(mesh: DeviceMesh) -> RowRanks:
+    return RowRanks(mesh.get_local_rank(), mesh.size(), mesh.get_group().group_name)
 
 
 def _recomputed(forward: Forward, *, selective: bool) -> Forward:
@@ -127,8 +150,10 @@ def _shard(model: Decoder, mesh: DeviceMesh, gather_bfloat16: bool) -> None:
 
     gathered = torch.bfloat16 if gather_bfloat16 else None
     policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
-    if mesh["replicate"].size() == 1:
-        mesh = mesh["shard"]
+    mesh = mesh["shard"] if mesh["replicate"].size() == 1 else mesh["replicate", "shard"]
+    vectors = [n for n, p in model.named_parameters() if hasattr(p, NO_DECAY)]
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    for name in vectors:  # parameters are new ones, without the attributes of the old
+        setattr(model.get_parameter(name), NO_DECAY, True)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ class Run:
         watchdog.follow(self.model)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.saver = None if ranks.alone else _open_saver(ranks, config)
-        self.rows = config.data.batch_size // ranks.size // config.train.accumulate
+        self.rows = config.data.batch_size // ranks.share[1] // config.train.accumulate
         self.step = self.tokens = 0
         self.seconds = 0.0
 
@@ -140,7 +141,7 @@ class Run:
             group["lr"] = lr
         self.optimizer.step()
         self.step += 1
-        self.tokens += batch.inputs.size * self.ranks.size
+        self.tokens += batch.inputs.size * self.ranks.share[1]
         self.seconds += time.perf_counter() - began
         return {"loss": loss, "lr": lr, "grad_norm": norm}
 
@@ -152,13 +153,15 @@ class Run:
 
         batch: this rank's rows.
         """
+        batch = self._own(batch)
         total = torch.zeros((), device=self.device)
         scored = self.ranks.count(batch.n_scored)
         parts = list(self._parts(batch))
         for number, part in enumerate(parts, 1):
             reduce_on_last(self.model, number == len(parts))
             loss = self._loss_sum(part) / scored
-            # Sharding averages gradients over ranks, and the mean is over the targets of all.
+            # Sharding averages gradients over ranks, and the mean is over the targets of all. Ranks
+            # that share layers count the same targets, each of them, and so cancel out.
             (loss * self.ranks.size).backward()
             total += loss.detach()
         return self.ranks.sum(total)
@@ -184,7 +187,7 @@ class Run:
         if not windows:
             return None
         assert self.sources.valid is not None
-        batch = _every_nth(self.sources.valid, windows, self.ranks.rank, self.ranks.size)
+        batch = self._own(_every_nth(self.sources.valid, windows, *self.ranks.share))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.model.eval()
         for part in self._parts(batch):
@@ -220,6 +223,13 @@ class Run:
         return F.cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=UNSCORED
         )
+
+    def _own(self, batch: Batch) -> Batch:
+        """Targets of this rank's tokens alone, where several share the rows."""
+        ranks = self.model.row_ranks
+        if ranks is None:
+            return batch
+        return replace(batch, targets=batch.targets[:, ranks.span(batch.targets.shape[1])])
 
     def _parts(self, batch: Batch) -> Iterator[Batch]:
         for i in range(0, len(batch.inputs), self.rows):

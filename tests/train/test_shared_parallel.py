@@ -1,0 +1,144 @@
+"""Ranks that share tokens of rows or heads of layers: loss and gradients of one process."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import on_ranks
+from torch import Tensor
+
+from attamba.config import RunConfig
+from attamba.data import UNSCORED, Batch
+from attamba.train.distributed import Ranks, open_ranks
+from attamba.train.run import Run
+from attamba.train.sources import open_sources
+from attamba.train.watchdog import Watchdog
+
+ATTAMBA = {"type": "attamba", "n_heads": 4, "chunk_size": 4, "leading_tokens": 5}
+ATTAMBA |= {"state_dim": 8, "ssm_heads": 2}
+SEQUENCE = {**ATTAMBA, "ssm_scope": "sequence"}
+MAMBA = {"type": "mamba2", "ssm_dim": 32, "head_dim": 8, "state_dim": 8}
+GROUPED = {"n_heads": 4, "n_kv_heads": 2}
+RECURRENT = [MAMBA, {"type": "mingru"}, {"type": "minlstm"}, {"type": "hawk", "n_blocks": 4}]
+
+MIXERS: dict[str, Any] = {
+    "chunk": ATTAMBA,
+    "sequence": SEQUENCE,
+    "heads apart": {**SEQUENCE, **GROUPED, "kv_proj": True, "boundary": "head_cyclic"},
+    "separators": {**ATTAMBA, "boundary": {"type": "separator", "tokens": [1, 2, 3]}},
+    "chunks of any length": {**ATTAMBA, "boundary": "random", "leading_tokens": 0},
+    "a wide window": {**ATTAMBA, "leading_tokens": 27, "kv_proj": True, **GROUPED},
+    "budget": {**ATTAMBA, "boundary": {"type": "budget", "max_chunks": 6}, "sink": False},
+    "mean": {**ATTAMBA, "compressor": "mean"},
+    "gated": {**ATTAMBA, "compressor": "gated", "boundary": "jitter"},
+    "every state": {**ATTAMBA, "leading_tokens": None},
+    "attention": [
+        {"type": "transformer", **GROUPED},
+        {"type": "transformer", "n_heads": 4, "window": 7},
+    ],
+    "recurrent": RECURRENT,
+}
+
+
+def rows(config: RunConfig, share: tuple[int, int]) -> Batch:
+    """This share of rows with documents of their own in each, and targets that do not count."""
+    draw = np.random.default_rng(3)
+    shape = (config.data.batch_size, config.data.seq_len)
+    inputs, targets = draw.integers(0, config.model.vocab_size, (2, *shape))
+    targets = np.where(draw.random(shape) < 0.2, UNSCORED, targets)
+    doc_ids = (draw.random(shape) < 0.06).cumsum(1)
+    doc_ids[0] = 0
+    i, n = share
+    part = slice(i * shape[0] // n, (i + 1) * shape[0] // n)
+    return Batch(inputs[part], targets[part], doc_ids[part])
+
+
+def run_on(config: RunConfig, ranks: Ranks) -> Run:
+    sources = open_sources(config, Path(config.out), fresh=False, say=print, share=ranks.share)
+    return Run(config, sources, ranks, Watchdog(Ranks(ranks.device), 60))
+
+
+def gradients(config: RunConfig, ranks: Ranks) -> dict[str, Tensor]:
+    """Loss, norm and every clipped gradient, whole."""
+    run = run_on(config, ranks)
+    run.model.set_draw(1)
+    found = {"loss": run.gradients(rows(config, ranks.share)), "norm": run._clip()}
+    for name, parameter in run.model.named_parameters():
+        grad = parameter.grad
+        assert grad is not None, name
+        found[name] = grad if ranks.alone else grad.full_tensor()
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
+def undecayed(config: RunConfig) -> list[str]:
+    with open_ranks(config) as ranks:
+        run = run_on(config, ranks)
+    names = {parameter: name for name, parameter in run.model.named_parameters()}
+    groups = run.optimizer.param_groups
+    return sorted(names[p] for g in groups if g["weight_decay"] == 0.0 for p in g["params"])
+
+
+def gradients_of_all(configs: list[RunConfig]) -> list[dict[str, Tensor]]:
+    found = []
+    for config in configs:
+        with open_ranks(config) as ranks:
+            found.append(gradients(config, ranks))
+    return found
+
+
+@pytest.fixture
+def make_shared(make_config):
+    """make_shared(mixer, mesh, more): rows of 24 tokens, enough for four ranks."""
+
+    def make(mixer: Any, mesh: dict[str, int], more: dict[str, Any] | None = None) -> RunConfig:
+        change = {f"parallel.{name}": size for name, size in mesh.items()}
+        n_layers = max(2, len(mixer)) if isinstance(mixer, list) else 2
+        change |= {"model.mixer": mixer, "model.n_layers": n_layers}
+        change |= {"data.batch_size": 4, "data.seq_len": 24, "optim.grad_clip": 0.5}
+        return make_config({**change, **(more or {})})
+
+    return make
+
+
+def alone(config: RunConfig) -> RunConfig:
+    parallel = dataclasses.replace(
+        config.parallel, replicate=1, shard=1, context=1, tensor=1, activation_checkpointing="none"
+    )
+    return dataclasses.replace(config, parallel=parallel)
+
+
+def assert_equal(n: int, configs: dict[str, RunConfig]) -> None:
+    several = on_ranks(n, gradients_of_all, list(configs.values()), timeout=120)
+    for (name, config), *found in zip(configs.items(), *several):
+        expected = gradients(alone(config), Ranks(torch.device("cpu")))
+        assert expected["norm"] > 0.5
+        for rank in found:
+            assert rank.keys() == expected.keys()
+            for key, tensor in expected.items():
+                error = (rank[key] - tensor).norm() / tensor.norm()
+                assert error < 2e-5, f"{name}: {key} differs by {error:.1e}"
+
+
+def test_rows_shared_by_two(make_shared):
+    configs = {name: make_shared(mixer, {"context": 2}) for name, mixer in MIXERS.items()}
+    assert_equal(2, configs)
+
+
+def test_rows_shared_by_four(make_shared):
+    """Windows and chunks that reach over several ranks, too."""
+    configs = {name: make_shared(mixer, {"context": 4}) for name, mixer in MIXERS.items()}
+    assert_equal(4, configs)
+
+
+def test_the_same_parameters_decay(make_shared):
+    """Sharded parameters are new ones: what they stand for must not be lost."""
+    config = make_shared([ATTAMBA, {"type": "hawk", "n_blocks": 4}], {"shard": 2})
+    found = on_ranks(2, undecayed, config)
+    expected = undecayed(alone(config))
+    assert found == [expected, expected]
+    assert "layers.0.mixer.compressors.A_log" in expected
