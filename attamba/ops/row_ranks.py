@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["RowRanks", "all_reduce", "all_to_all"]
+__all__ = ["RowRanks", "all_reduce", "all_to_all", "reduce_scatter"]
 
 
 @dataclass(frozen=True)
@@ -74,31 +74,36 @@ def all_to_all(t: Tensor, received: list[int], sent: list[int], group: str) -> T
     return _AllToAll.apply(t, received, sent, group)
 
 
-def all_reduce(t: Tensor, group: str) -> Tensor:
-    """The sum of t over the ranks, without a gradient."""
-    return _wait(torch.ops._c10d_functional.all_reduce(t.contiguous(), "sum", group))
+def all_reduce(t: Tensor, group: str, operation: str = "sum") -> Tensor:
+    """The sum of t over the ranks, or their "max"; without a gradient."""
+    return _wait(torch.ops._c10d_functional.all_reduce(t.contiguous(), operation, group))
+
+
+def reduce_scatter(t: Tensor, size: int, group: str) -> Tensor:
+    """This rank's part, [...], of the sum of t [size, ...] over the ranks."""
+    return _ReduceScatter.apply(t, size, group)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t: Tensor, size: int, group: str) -> Tensor:
         ctx.size, ctx.group = size, group
-        if t.numel() == 0:
-            return t.new_empty(size, *t.shape)
-        gathered = torch.ops._c10d_functional.all_gather_into_tensor(
-            t.contiguous().flatten(), size, group
-        )
-        return _wait(gathered).view(size, *t.shape)
+        return _gather(t, size, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        shape = grad.shape[1:]
-        if grad.numel() == 0:
-            return grad.new_empty(shape), None, None
-        summed = torch.ops._c10d_functional.reduce_scatter_tensor(
-            grad.contiguous().flatten(), "sum", ctx.size, ctx.group
-        )
-        return _wait(summed).view(shape), None, None
+        return _reduce_scatter(grad, ctx.size, ctx.group), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, size: int, group: str) -> Tensor:
+        ctx.size, ctx.group = size, group
+        return _reduce_scatter(t, size, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(grad, ctx.size, ctx.group), None, None
 
 
 class _AllToAll(torch.autograd.Function):
@@ -111,6 +116,24 @@ class _AllToAll(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         received, sent = ctx.splits
         return _all_to_all(grad, sent, received, ctx.group), None, None, None
+
+
+def _gather(t: Tensor, size: int, group: str) -> Tensor:
+    if t.numel() == 0:
+        return t.new_empty(size, *t.shape)
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(
+        t.contiguous().flatten(), size, group
+    )
+    return _wait(gathered).view(size, *t.shape)
+
+
+def _reduce_scatter(t: Tensor, size: int, group: str) -> Tensor:
+    if t.numel() == 0:
+        return t.new_empty(t.shape[1:])
+    summed = torch.ops._c10d_functional.reduce_scatter_tensor(
+        t.contiguous().flatten(), "sum", size, group
+    )
+    return _wait(summed).view(t.shape[1:])
 
 
 def _all_to_all(t: Tensor, received: list[int], sent: list[int], group: str) -> Tensor:

@@ -20,11 +20,14 @@ from torch.utils.checkpoint import (
 
 from attamba.config import RunConfig
 from attamba.models import Decoder
+from attamba.models.splits import Placement, placements, splits
 from attamba.ops.row_ranks import RowRanks
 from attamba.train.optim import NO_DECAY
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+    from attamba.train.tensor import TensorRanks
 
 Forward = Callable[..., Tensor]
 
@@ -45,11 +48,23 @@ _PRODUCTS = frozenset(
 def parallelize(model: Decoder, mesh: DeviceMesh | None, config: RunConfig) -> Forward:
     """Apply config.parallel and train.compile to `model`, in place; return what to call.
 
+    Ranks that share rows or layers each get a part of the logits; see tensor_ranks.
+
     mesh: with the dimensions of distributed.DIMENSIONS; parameters become DTensors on it, on its
         devices. None: one process, on whose device the model is already.
 
     Gradients are averaged over the ranks of the mesh that work on different tokens.
     """
+    if mesh is not None:
+        mesh, rows = weights_mesh(mesh), mesh["context"]
+        uses = splits(model)
+        places = placements(model, uses, mesh["tensor"].size(), mesh["shard"].size())
+        if rows.size() > 1:
+            model.row_ranks = RowRanks(*_named(rows))
+        if mesh["tensor"].size() > 1:
+            from attamba.train.tensor import share_layers
+
+            share_layers(model, mesh["tensor"], uses, places)
     kind = config.parallel.activation_checkpointing
     if kind != "none":
         for layer in model.layers:
@@ -58,11 +73,9 @@ def parallelize(model: Decoder, mesh: DeviceMesh | None, config: RunConfig) -> F
             _allow_memo()
     if mesh is None:
         return torch.compile(model) if config.train.compile else model
-    if mesh["context"].size() > 1:
-        model.row_ranks = _row_ranks(mesh["context"])
     if config.train.compile:
         _compile_layers(model)
-    _shard(model, weights_mesh(mesh), config.parallel.gather_dtype == "bfloat16")
+    _shard(model, mesh, places, config.parallel.gather_dtype == "bfloat16")
     return model
 
 
@@ -98,8 +111,18 @@ def weights_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return init_device_mesh(mesh.device_type, sizes, mesh_dim_names=names)
 
 
-def _row_ranks(mesh: DeviceMesh) -> RowRanks:
-    return RowRanks(mesh.get_local_rank(), mesh.size(), mesh.get_group().group_name)
+def tensor_ranks(mesh: DeviceMesh | None) -> TensorRanks | None:
+    """The ranks that share layers, or None where none do."""
+    if mesh is None or mesh["tensor"].size() == 1:
+        return None
+    from attamba.train.tensor import TensorRanks
+
+    return TensorRanks(*_named(mesh["tensor"]))
+
+
+def _named(mesh: DeviceMesh) -> tuple[int, int, str]:
+    """This rank's number along a mesh of one dimension, how many there are, and their group."""
+    return mesh.get_local_rank(), mesh.size(), mesh.get_group().group_name
 
 
 def _recomputed(forward: Forward, *, selective: bool) -> Forward:
@@ -144,16 +167,19 @@ def _replace_forward(module: nn.Module, forward: Forward) -> None:
     module.forward = forward
 
 
-def _shard(model: Decoder, mesh: DeviceMesh, gather_bfloat16: bool) -> None:
+def _shard(
+    model: Decoder, mesh: DeviceMesh, places: dict[str, Placement], gather_bfloat16: bool
+) -> None:
     # Imported where it is needed, as it takes most of a second.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard
 
     gathered = torch.bfloat16 if gather_bfloat16 else None
     policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
     mesh = mesh["shard"] if mesh["replicate"].size() == 1 else mesh["replicate", "shard"]
     vectors = [n for n, p in model.named_parameters() if hasattr(p, NO_DECAY)]
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    dims = {p: places[name].shard_dim for name, p in model.named_parameters()}
+    for part in (*model.layers, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy, shard_placement_fn=lambda p: Shard(dims[p]))
     for name in vectors:  # parameters are new ones, without the attributes of the old
         setattr(model.get_parameter(name), NO_DECAY, True)

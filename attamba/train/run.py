@@ -20,8 +20,8 @@ from attamba.models import Decoder, build_model
 from attamba.train.checkpoint import restore, save_about, save_checkpoint
 from attamba.train.chunk_sizes import draw_size, set_chunk_size
 from attamba.train.distributed import Ranks
-from attamba.train.optim import build_optimizer, is_spread, local, lr_at
-from attamba.train.parallelize import parallelize, reduce_on_last, reshard
+from attamba.train.optim import build_optimizer, clip_gradients, local, lr_at
+from attamba.train.parallelize import parallelize, reduce_on_last, reshard, tensor_ranks
 from attamba.train.run_folder import check_same_data
 from attamba.train.sources import Rows, Sources
 from attamba.train.storage import list_checkpoints, remove_old
@@ -65,6 +65,7 @@ class Run:
             self.model.to(self.device)
         # A compiled module shares its parameters with the model, which is the one saved.
         self.forward = parallelize(self.model, ranks.mesh, config)
+        self.tensor_ranks = tensor_ranks(ranks.mesh)
         watchdog.follow(self.model)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.saver = None if ranks.alone else _open_saver(ranks, config)
@@ -220,9 +221,12 @@ class Run:
             cache_enabled=self.ranks.alone,
         ):
             logits = self.forward(inputs, doc_ids=doc_ids if self.config.data.doc_mask else None)
-        return F.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=UNSCORED
-        )
+        logits, targets = logits.float().flatten(0, 1), targets.flatten()
+        if self.tensor_ranks is not None:
+            from attamba.train.tensor import cross_entropy_sum
+
+            return cross_entropy_sum(logits, targets, UNSCORED, self.tensor_ranks)
+        return F.cross_entropy(logits, targets, reduction="sum", ignore_index=UNSCORED)
 
     def _own(self, batch: Batch) -> Batch:
         """Targets of this rank's tokens alone, where several share the rows."""
@@ -239,8 +243,7 @@ class Run:
     def _clip(self) -> Tensor:
         """The gradient norm over all parameters, before clipping to optim.grad_clip."""
         limit = self.config.optim.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        return norm.full_tensor() if is_spread(norm) else norm  # type: ignore[attr-defined]
+        return clip_gradients(self.model.parameters(), limit)
 
 
 def _every_nth(rows: Rows, windows: list[int], rank: int, n: int) -> Batch:
