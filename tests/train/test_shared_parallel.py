@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attamba.config import RunConfig
 from attamba.data import UNSCORED, Batch
+from attamba.train import TrainingInterrupted, train
 from attamba.train.distributed import Ranks, open_ranks
 from attamba.train.run import Run
 from attamba.train.sources import open_sources
@@ -100,7 +101,8 @@ def make_shared(make_config):
         n_layers = max(2, len(mixer)) if isinstance(mixer, list) else 2
         change |= {"model.mixer": mixer, "model.n_layers": n_layers}
         change |= {"data.batch_size": 4, "data.seq_len": 24, "optim.grad_clip": 0.5}
-        return make_config({**change, **(more or {})})
+        change |= more or {}
+        return make_config(change, out=change.pop("out", "run"))
 
     return make
 
@@ -175,3 +177,42 @@ def test_meshes_of_four(make_shared):
     some = {"parallel.activation_checkpointing": "selective"}
     configs["some anew"] = make_shared(ATTAMBA, {"tensor": 2, "context": 2}, some)
     assert_equal(4, configs)
+
+
+def resumed(config: RunConfig, until: int | None = None) -> list[dict]:
+    """Train, to the end or to a step; the metrics, on rank 0."""
+    asked: list[int] = []
+
+    def should_stop() -> bool:
+        asked.append(1)
+        return len(asked) == until
+
+    try:
+        metrics = train(config, should_stop=should_stop).metrics
+    except TrainingInterrupted:
+        return []
+    keep = ("kind", "step", "tokens", "loss", "grad_norm", "valid_loss")
+    return [{k: r[k] for k in keep if k in r} for r in metrics]
+
+
+def test_a_run_goes_on_in_other_meshes(make_shared):
+    """Tensor 2 x shard 2, one process, context 2 x tensor 2, two copies: one curve."""
+    mixers = [ATTAMBA, MAMBA]
+    change = {"train.eval_every": 4, "train.save_every": 0, "train.steps": 10}
+    change |= {"model.tie_embeddings": True, "optim.weight_decay": 0.5}
+    straight = resumed(make_shared(mixers, {"shard": 1}, {**change, "out": "straight"}))
+
+    def on(mesh: dict[str, int]) -> RunConfig:
+        return make_shared(mixers, mesh, change)
+
+    on_ranks(4, resumed, on({"tensor": 2, "shard": 2}), 3)
+    assert resumed(on({"shard": 1}), 2) == []
+    on_ranks(4, resumed, on({"tensor": 2, "context": 2}), 2)
+    on_ranks(2, resumed, on({"replicate": 2}), 1)
+    records, *_ = on_ranks(2, resumed, on({"tensor": 2}))
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 11))
+    assert len(records) == len(straight)
+    for found, expected in zip(records, straight):
+        assert found.keys() == expected.keys()
+        for key in found.keys() - {"kind"}:
+            assert found[key] == pytest.approx(expected[key], rel=1e-3), (found, expected)
