@@ -33,11 +33,11 @@ def check_parts(model: ModelConfig, seq_len: int, *, context: int, tensor: int) 
             f"parallel.context={context} does not divide data.seq_len={seq_len}; each rank has "
             f"as many tokens of a row"
         )
-    _divides(tensor, model.vocab_size, "model.vocab_size")
-    _divides(tensor, model.ffn_dim or 3 * model.dim, "model.ffn_dim")
     for mixer in model.layer_mixers():
         for what, value in parts_of(mixer, model.dim).items():
             _divides(tensor, value, what)
+    _divides(tensor, model.ffn_dim or 3 * model.dim, "model.ffn_dim")
+    _divides(tensor, model.vocab_size, "model.vocab_size")
 
 
 def parts_of(mixer: Mixer, dim: int) -> dict[str, int]:
@@ -56,9 +56,8 @@ def parts_of(mixer: Mixer, dim: int) -> dict[str, int]:
 
 def _divides(tensor: int, value: int, what: str) -> None:
     if value % tensor:
-        told = f"{what}={value}" if "." in what else f"the {value} {what}"
+        told = f"{what}={value}" if "." in what else f"the {value} {what} of a layer"
         raise ConfigError(
-            f"parallel.tensor={tensor} does not divide {told} of a layer; choose numbers that fit"
-            if "vocab" not in what
-            else f"parallel.tensor={tensor} does not divide {told}; make it a multiple"
+            f"parallel.tensor={tensor} does not divide {told}; each rank has as many of them, so "
+            f"make one a multiple of the other"
         )

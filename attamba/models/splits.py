@@ -45,6 +45,13 @@ class Split:
             begin += size
         return runs
 
+    def missing(self, rank: int, tensor: int) -> int:
+        """How much of `dim` a rank uses and does not hold, where it holds an equal run of it."""
+        held = sum(size for size, _ in self.segments) // tensor
+        low, high = rank * held, (rank + 1) * held
+        runs = self.used(rank, tensor)
+        return sum(b - a - max(0, min(b, high) - max(a, low)) for a, b in runs)
+
 
 @dataclass(frozen=True)
 class Placement:

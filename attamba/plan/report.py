@@ -81,9 +81,7 @@ def _part(title: str, figures: list[dict[str, float]]) -> list[list[str]]:
 def _notes(config: RunConfig, layout: Layout) -> list[str]:
     notes = ["What is counted and what is not: docs/scaling.md."]
     if layout.tensor > 1 or layout.context > 1:
-        notes.append("Tensor and context parallelism are a plan: no code executes them yet.")
-    if layout.context > 1:
-        notes.append("Full attention passes a row's keys and values around (ring attention).")
+        notes.append("Ranks that share layers or rows: docs/scaling-out.md.")
     if any(getattr(mixer, "ssm_scope", "") == "strided" for mixer in config.model.layer_mixers()):
         notes.append("ssm_scope=strided, which is for studies, keeps more activations than that.")
     if told(config.model):
