@@ -231,7 +231,7 @@ class EvalConfig:
 class ParallelConfig:
     """How the ranks that torchrun starts share the work, and what each keeps in memory.
 
-    The product of replicate, shard, tensor and context is the number of ranks.
+    The product of replicate, shard, context and tensor is the number of ranks.
     """
 
     replicate: int = 1

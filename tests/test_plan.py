@@ -201,7 +201,8 @@ def test_the_command_prints_both_models(capsys):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_has_a_plan(path, capsys):
     config = load_run_config(path)
-    ranks = config.parallel.replicate * max(1, config.parallel.shard)
+    parallel = config.parallel
+    ranks = parallel.replicate * max(1, parallel.shard) * parallel.context * parallel.tensor
     assert cli.main(["plan", str(path)]) == 0
     assert f"{ranks} rank" in capsys.readouterr().out
 

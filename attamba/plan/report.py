@@ -56,6 +56,8 @@ def _rows(
     rows.append(["a rank's step", "", ""])
     rows.append(["  model FLOPs", *(f"{p.flops / 1e12:,.2f} T" for p in plans)])
     rows.append(["  FLOPs done anew", *(f"{p.flops_anew / 1e12:,.2f} T" for p in plans)])
+    if layout.context > 1:
+        rows.append(["  of the last rank, over it", *(f"{p.slowest:.2f}" for p in plans)])
     label = f"  seconds at {speed.mfu:.0%} of {speed.tflops:g} TFLOPS"
     seconds = [p.seconds(speed.tflops, speed.mfu) for p in plans]
     rows.append([label, *(f"{s:,.3f}" for s in seconds)])

@@ -148,9 +148,7 @@ def open_ranks(config: RunConfig) -> Iterator[Ranks]:
     train.device names one device for all.
     """
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
-    sizes = mesh_sizes(config.parallel, size)
-    _check_batch(config, sizes[0] * sizes[1])
-    check_parts(config.model, config.data.seq_len, context=sizes[2], tensor=sizes[3])
+    sizes = check_ranks(config, size)
     if size == 1:
         yield Ranks(resolve_device(config.train.device, "train.device"))
         return
@@ -187,6 +185,14 @@ def _open_group(device: torch.device, timeout: timedelta) -> None:
         world_size=size,
         timeout=timeout,
     )
+
+
+def check_ranks(config: RunConfig, size: int) -> tuple[int, int, int, int]:
+    """Sizes of the mesh for `size` ranks. Raises ConfigError where they cannot share the run."""
+    replicate, shard, context, tensor = sizes = mesh_sizes(config.parallel, size)
+    _check_batch(config, replicate * shard)
+    check_parts(config.model, config.data.seq_len, context=context, tensor=tensor)
+    return sizes
 
 
 def mesh_sizes(config: ParallelConfig, size: int) -> tuple[int, int, int, int]:
