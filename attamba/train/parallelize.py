@@ -97,18 +97,19 @@ def reshard(model: nn.Module) -> None:
 
 
 def weights_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh on which parameters lie: "replicate", "shard" and "tensor".
+    """The mesh whose "replicate", "shard" and "tensor" are those of parameters.
 
     Ranks that share rows are among those that share parameters: they need the same ones.
     """
+    if mesh["context"].size() == 1:
+        return mesh
     from torch.distributed.device_mesh import init_device_mesh
 
-    names = ("replicate", "shard", "tensor")
-    if mesh["context"].size() == 1:
-        return mesh[names]
     replicate, shard, context, tensor = mesh.shape
     sizes = (replicate, shard * context, tensor)
-    return init_device_mesh(mesh.device_type, sizes, mesh_dim_names=names)
+    return init_device_mesh(
+        mesh.device_type, sizes, mesh_dim_names=("replicate", "shard", "tensor")
+    )
 
 
 def tensor_ranks(mesh: DeviceMesh | None) -> TensorRanks | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 from ranks import on_ranks
 from torch import Tensor
 
-from attamba.config import RunConfig
+from attamba.config import ConfigError, RunConfig
 from attamba.data import UNSCORED, Batch
+from attamba.models import build_model
 from attamba.train import TrainingInterrupted, train
-from attamba.train.distributed import Ranks, open_ranks
+from attamba.train.distributed import Ranks, check_ranks, open_ranks
+from attamba.train.parallelize import parallelize
 from attamba.train.run import Run
 from attamba.train.sources import open_sources
 from attamba.train.watchdog import Watchdog
@@ -200,6 +203,7 @@ def test_a_run_goes_on_in_other_meshes(make_shared):
     mixers = [ATTAMBA, MAMBA]
     change = {"train.eval_every": 4, "train.save_every": 0, "train.steps": 10}
     change |= {"model.tie_embeddings": True, "optim.weight_decay": 0.5}
+    change |= {"train.chunk_sizes": [2, 4], "train.accumulate": 2}
     straight = resumed(make_shared(mixers, {"shard": 1}, {**change, "out": "straight"}))
 
     def on(mesh: dict[str, int]) -> RunConfig:
@@ -216,3 +220,97 @@ def test_a_run_goes_on_in_other_meshes(make_shared):
         assert found.keys() == expected.keys()
         for key in found.keys() - {"kind"}:
             assert found[key] == pytest.approx(expected[key], rel=1e-3), (found, expected)
+
+
+def logits_of_rows(config: RunConfig, ids: Tensor, ends: Tensor, doc_ids: Tensor) -> Tensor:
+    """Of all ranks' tokens in order, with the caller's own chunk ends."""
+    with open_ranks(config) as ranks:
+        model = build_model(config.model)
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        forward = parallelize(model, ranks.mesh, config)
+        with torch.no_grad():
+            logits = forward(ids, ends=ends, doc_ids=doc_ids)
+        if ranks.alone:
+            return logits
+        wrong = [
+            (ids[:, :-1], {}, "rows of 23 tokens cannot be divided among 4 ranks"),
+            (ids, {"attention_mask": torch.ones_like(ids)}, "neither a cache nor attention_mask"),
+            (ids, {"cache": model.new_cache(len(ids))}, "neither a cache nor attention_mask"),
+        ]
+        for rows, options, text in wrong:
+            with pytest.raises(ValueError, match=text):
+                forward(rows, **options)
+        parts = [torch.empty_like(logits) for _ in range(ranks.size)]
+        torch.distributed.all_gather(parts, logits)
+        return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("scope", ["chunk", "sequence"])
+def test_given_chunks_of_shared_rows(make_shared, scope):
+    """Chunks of any length, over several ranks; with scope sequence in each head its own."""
+    given = {**ATTAMBA, "boundary": "given", "ssm_scope": scope}
+    config = make_shared(given, {"context": 4})
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(256, (4, 24), generator=draw)
+    heads = 4 if scope == "sequence" else 1
+    ends = torch.rand(2, 4, heads, 24, generator=draw) < 0.15
+    doc_ids = (torch.rand(4, 24, generator=draw) < 0.05).cumsum(1)
+    expected = logits_of_rows(alone(config), ids, ends, doc_ids)
+    for found in on_ranks(4, logits_of_rows, config, ids, ends, doc_ids):
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+WRONG: list[tuple[Any, dict[str, Any], str]] = [
+    (ATTAMBA, {"parallel.context": 5}, r"context=5 does not divide data\.seq_len=24"),
+    ({**ATTAMBA, "ssm_heads": 1}, {"parallel.tensor": 2}, r"tensor=2 .* mixer\.ssm_heads=1"),
+    ({**SEQUENCE, **GROUPED, "kv_proj": True}, {"parallel.tensor": 4}, r"the 2 key/value heads"),
+    (MAMBA, {"parallel.tensor": 8}, r"the 4 heads \(ssm_dim / head_dim\) of a layer"),
+    ({"type": "hawk", "n_blocks": 3, "hidden_dim": 24}, {"parallel.tensor": 2}, r"n_blocks=3"),
+    ({"type": "minlstm"}, {"parallel.tensor": 3}, r"tensor=3 does not divide mixer\.hidden_dim=32"),
+    (ATTAMBA, {"parallel.tensor": 2, "model.ffn_dim": 33}, r"model\.ffn_dim=33"),
+    (ATTAMBA, {"parallel.tensor": 2, "model.vocab_size": 257}, r"model\.vocab_size=257"),
+    ({**ATTAMBA, "ssm_scope": "strided"}, {"parallel.context": 2}, r"context=2 .*strided"),
+    ({**ATTAMBA, "boundary": "first_ssm"}, {"parallel.tensor": 2}, r"tensor=2 .*first_ssm"),
+]
+
+
+@pytest.mark.parametrize(("mixer", "change", "text"), WRONG)
+def test_what_cannot_be_shared_is_named(make_shared, mixer, change, text):
+    config = make_shared(mixer, {"shard": 1}, change)
+    size = config.parallel.context * config.parallel.tensor
+    with pytest.raises(ConfigError, match=text):
+        check_ranks(config, size)
+
+
+def test_what_divides_can_be_shared(make_shared):
+    config = make_shared(ATTAMBA, {"context": 2, "tensor": 2})
+    assert check_ranks(config, 8) == (1, 2, 2, 2)
+    with pytest.raises(ConfigError, match=r"context=2, parallel\.tensor=2 ask for 4 ranks"):
+        check_ranks(config, 6)
+    with pytest.raises(ConfigError, match="batch_size=4 cannot be divided among 8 ranks"):
+        check_ranks(config, 32)
+
+
+def compiled_gradients(configs: list[RunConfig]) -> list[dict[str, Tensor]]:
+    """By the compiler's front end alone, which is what collectives must get through."""
+    torch.compile = partial(torch.compile, backend="eager")
+    return gradients_of_all(configs)
+
+
+def test_layers_that_share_can_be_compiled(make_shared):
+    compiled = {"train.compile": True, "model.n_layers": 1}
+    configs = [
+        make_shared(SEQUENCE, {"context": 2}, compiled),
+        make_shared(ATTAMBA, {"tensor": 2}, compiled),
+    ]
+    several = on_ranks(2, compiled_gradients, configs, timeout=120)
+    for config, *found in zip(configs, *several):
+        train = dataclasses.replace(config.train, compile=False)
+        expected = gradients(
+            alone(dataclasses.replace(config, train=train)), Ranks(torch.device("cpu"))
+        )
+        for rank in found:
+            for key, tensor in expected.items():
+                assert (rank[key] - tensor).norm() < 5e-5 * tensor.norm(), key
