@@ -104,14 +104,32 @@ def cross_entropy_sum(
     logits: Tensor, targets: Tensor, ignore_index: int, ranks: TensorRanks
 ) -> Tensor:
     """Summed cross entropy in nats, a scalar; logits float32 [N, V/n], targets int64 [N]."""
-    width = logits.shape[1]
-    top = ranks.largest(logits.amax(1))
-    total = ranks.sum((logits - top[:, None]).exp().sum(1))
-    place = targets - ranks.rank * width
-    here = (place >= 0) & (place < width)
-    chosen = logits.gather(1, place.clamp(0, width - 1)[:, None])[:, 0]
-    chosen = ranks.sum(torch.where(here, chosen, 0.0))
-    return ((total.log() + top - chosen) * (targets != ignore_index)).sum()
+    counted = targets != ignore_index
+    place = targets - ranks.rank * logits.shape[1]
+    here = counted & (place >= 0) & (place < logits.shape[1])
+    return _CrossEntropy.apply(logits, place.where(here, 0), here, counted, ranks)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """One tensor like the logits is kept, and one more is made of it: as torch's own does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, place: Tensor, here: Tensor, counted: Tensor, ranks: TensorRanks
+    ) -> Tensor:
+        top = ranks.largest(logits.amax(1))
+        shares = (logits - top[:, None]).exp_()
+        total = ranks.sum(shares.sum(1))
+        chosen = ranks.sum(logits.gather(1, place[:, None])[:, 0] * here)
+        ctx.save_for_backward(shares.div_(total[:, None]), place, here, counted)
+        return ((total.log() + top - chosen) * counted).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        shares, place, here, counted = ctx.saved_tensors
+        d_logits = shares * (counted * grad)[:, None]
+        d_logits.scatter_add_(1, place[:, None], -(here * grad)[:, None])
+        return d_logits, None, None, None, None
 
 
 class _Spread(torch.autograd.Function):
