@@ -38,6 +38,7 @@ from attamba.modules.mixer import TimeMixer
 from attamba.modules.pooling import GatedPooling
 from attamba.modules.recurrent import Recurrence
 from attamba.ops.row_ranks import all_reduce, all_to_all, reduce_scatter
+from attamba.train.optim import local
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -82,21 +83,22 @@ def share_layers(
     uses, places: from models.splits.
     """
     ranks = TensorRanks(mesh.get_local_rank(), mesh.size(), mesh.get_group().group_name)
+    device = torch.device(mesh.device_type)
     _distribute(model, mesh, places)
     for i, layer in enumerate(model.layers):
         assert isinstance(layer, Block)
         _shrink(layer.mixer, ranks)
         for name in ("mixer", "ffn"):
             part = layer.get_submodule(name)
-            own = _Own(part, _below(uses, f"layers.{i}.{name}."), ranks)
+            own = _Own(part, _below(uses, f"layers.{i}.{name}."), ranks, device)
             _replace_forward(part, partial(_shared_forward, part.forward, own, ranks))
     names = ("mixer_norm", "ffn_norm")
     norms = [layer.get_submodule(name) for layer in model.layers for name in names]
     for norm in (*norms, model.norm):
-        _replace_forward(norm, partial(_whole_forward, norm.forward, _Own(norm, {}, ranks)))
-    own = _Own(model.embed, {"weight": uses["embed.weight"]}, ranks)
+        _replace_forward(norm, partial(_whole_forward, norm.forward, _Own(norm, {}, ranks, device)))
+    own = _Own(model.embed, {"weight": uses["embed.weight"]}, ranks, device)
     _replace_forward(model.embed, partial(_embed, own, ranks))
-    own = _Own(model.head, {"weight": uses.get("head.weight", uses["embed.weight"])}, ranks)
+    own = _Own(model.head, {"weight": uses.get("head.weight", uses["embed.weight"])}, ranks, device)
     _replace_forward(model.head, partial(_shared_head, model.head.forward, own, ranks))
 
 
@@ -177,9 +179,22 @@ def _distribute(model: Decoder, mesh: DeviceMesh, places: dict[str, Placement]) 
 class _Own:
     """The parts of a module's parameters that this rank uses."""
 
-    def __init__(self, module: nn.Module, uses: dict[str, Split], ranks: TensorRanks) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        uses: dict[str, Split],
+        ranks: TensorRanks,
+        device: torch.device,
+    ) -> None:
         self.module, self.ranks = module, ranks
         self.uses = {name: uses.get(name) for name, _ in module.named_parameters()}
+        self.exchanges = {
+            name: _Exchange(split, local(parameter).shape[0], ranks, device)
+            for name, parameter in module.named_parameters()
+            if (split := self.uses[name]) is not None
+            and len(split.segments) > 1
+            and not parameter.placements[-1].is_replicate()  # type: ignore[attr-defined]
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, on this rank."""
@@ -195,8 +210,9 @@ class _Own:
         if not isinstance(held, Shard):  # each rank has a part of the gradient
             whole = parameter.to_local(grad_placements=[Partial()])
             return _take(whole, split, self.ranks)
-        local = parameter.to_local()
-        return local if len(split.segments) == 1 else _exchange(local, split, self.ranks)
+        held_here = parameter.to_local()
+        exchange = self.exchanges.get(name)
+        return held_here if exchange is None else exchange(held_here)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -221,21 +237,28 @@ def _take(whole: Tensor, split: Split, ranks: TensorRanks) -> Tensor:
     return torch.cat([whole.narrow(split.dim, a, b - a) for a, b in runs], split.dim)
 
 
-def _exchange(local: Tensor, split: Split, ranks: TensorRanks) -> Tensor:
+class _Exchange:
     """From the run of rows that each rank holds to the rows that it uses; gradients go back."""
-    n = local.shape[0]
-    index: list[int] = []
-    sent, received = [], []
-    for other in range(ranks.size):
+
+    def __init__(self, split: Split, n: int, ranks: TensorRanks, device: torch.device) -> None:
+        """n: rows that a rank holds."""
+        self.ranks = ranks
+        index: list[int] = []
+        self.sent, self.received = [], []
         begin = ranks.rank * n
-        mine = [_overlap(run, (begin, begin + n)) for run in split.used(other, ranks.size)]
-        index += [row - begin for a, b in mine for row in range(a, b)]
-        sent.append(sum(b - a for a, b in mine))
-        held = (other * n, other * n + n)
-        theirs = [_overlap(run, held) for run in split.used(ranks.rank, ranks.size)]
-        received.append(sum(b - a for a, b in theirs))
-    rows = local.index_select(0, torch.tensor(index, device=local.device))
-    return all_to_all(rows, received, sent, ranks.group)
+        for other in range(ranks.size):
+            used = split.used(other, ranks.size)
+            mine = [_overlap(run, (begin, begin + n)) for run in used]
+            index += [row - begin for a, b in mine for row in range(a, b)]
+            self.sent.append(sum(b - a for a, b in mine))
+            held = (other * n, other * n + n)
+            theirs = [_overlap(run, held) for run in split.used(ranks.rank, ranks.size)]
+            self.received.append(sum(b - a for a, b in theirs))
+        self.index = torch.tensor(index, device=device)
+
+    def __call__(self, local: Tensor) -> Tensor:
+        rows = local.index_select(0, self.index)
+        return all_to_all(rows, self.received, self.sent, self.ranks.group)
 
 
 def _overlap(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
