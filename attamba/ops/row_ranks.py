@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["RowRanks", "all_reduce", "all_to_all", "reduce_scatter"]
+__all__ = ["RowRanks", "all_reduce", "all_to_all", "overlap", "reduce_scatter"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class RowRanks:
             return t[:, :0]
         spans = [(max(0, r * width - n), r * width) for r in range(self.size)]
         begin = self.rank * width
-        sent = [_overlap(span, (begin, begin + width)) for span in spans]
+        sent = [overlap(span, (begin, begin + width)) for span in spans]
         parts = [t[:, low - begin : high - begin] for low, high in sent]
         received = [
-            _overlap(spans[self.rank], (r * width, (r + 1) * width)) for r in range(self.size)
+            overlap(spans[self.rank], (r * width, (r + 1) * width)) for r in range(self.size)
         ]
         got = all_to_all(
             torch.cat(parts, 1).transpose(0, 1),
@@ -64,7 +64,8 @@ class RowRanks:
         return _Gather.apply(t, self.size, self.group)
 
 
-def _overlap(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+def overlap(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    """What two runs [begin, end) have in common; an empty run at the second's begin if nothing."""
     low, high = max(a[0], b[0]), min(a[1], b[1])
     return (low, high) if low < high else (b[0], b[0])
 

@@ -37,7 +37,7 @@ from attamba.modules.mamba2 import Mamba2
 from attamba.modules.mixer import TimeMixer
 from attamba.modules.pooling import GatedPooling
 from attamba.modules.recurrent import Recurrence
-from attamba.ops.row_ranks import all_reduce, all_to_all, reduce_scatter
+from attamba.ops.row_ranks import all_reduce, all_to_all, overlap, reduce_scatter
 from attamba.train.optim import local
 
 if TYPE_CHECKING:
@@ -248,22 +248,17 @@ class _Exchange:
         begin = ranks.rank * n
         for other in range(ranks.size):
             used = split.used(other, ranks.size)
-            mine = [_overlap(run, (begin, begin + n)) for run in used]
+            mine = [overlap(run, (begin, begin + n)) for run in used]
             index += [row - begin for a, b in mine for row in range(a, b)]
             self.sent.append(sum(b - a for a, b in mine))
             held = (other * n, other * n + n)
-            theirs = [_overlap(run, held) for run in split.used(ranks.rank, ranks.size)]
+            theirs = [overlap(run, held) for run in split.used(ranks.rank, ranks.size)]
             self.received.append(sum(b - a for a, b in theirs))
         self.index = torch.tensor(index, device=device)
 
     def __call__(self, local: Tensor) -> Tensor:
         rows = local.index_select(0, self.index)
         return all_to_all(rows, self.received, self.sent, self.ranks.group)
-
-
-def _overlap(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
-    low, high = max(a[0], b[0]), min(a[1], b[1])
-    return low, max(low, high)
 
 
 def _below(uses: dict[str, Split], prefix: str) -> dict[str, Split]:
