@@ -62,8 +62,10 @@ def check_port(host: str, port: int) -> None:
 def served_folder(checkpoint: Path, room: Path) -> Path:
     """The folder to serve: an exported one as it is, a checkpoint exported into `room`.
 
-    Raises ConfigError for another architecture's folder.
+    Raises ConfigError for another architecture's folder, and what check_folder raises.
     """
+    from attamba.hf.export import check_folder, export
+
     try:
         config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -74,9 +76,8 @@ def served_folder(checkpoint: Path, room: Path) -> Path:
                 f"{checkpoint} is of the architecture {config['model_type']!r}, not 'attamba'; "
                 f"serve it with: transformers serve"
             )
+        check_folder(checkpoint)
         return checkpoint.resolve()
-    from attamba.hf.export import export
-
     return export(checkpoint, room / checkpoint.resolve().name)
 
 

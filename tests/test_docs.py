@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import doctest
 import importlib.metadata
@@ -212,7 +213,7 @@ def check(words: list[str]) -> None:
     program, *arguments = words
     if program == "attamba":
         _check_own(cli.parse(arguments))
-    elif program == "attamba-lm-eval":
+    elif program in ("attamba-lm-eval", "lm_eval"):
         _check_harness(arguments)
     elif program == "torchrun":
         from torch.distributed.run import get_args_parser
@@ -305,6 +306,23 @@ def test_every_command_and_option_is_told() -> None:
     for parser in parsers:
         assert f"## {parser.prog}\n" in told
         assert all(option in told for a in parser._actions for option in a.option_strings)
+
+
+PUBLIC = ["", ".data", ".harness", ".hf", ".models", ".ops", ".train"]
+"""Packages whose __all__ is what users import."""
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_every_public_name_is_on_a_page_of_the_api(package: str) -> None:
+    source = ROOT.joinpath("attamba", *package.split("."), "__init__.py").read_text()
+    (names,) = [
+        ast.literal_eval(node.value)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
+    told = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    shown = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)", told, re.M)}
+    assert set(names) - shown <= {"ops"}  # a package, with a page
 
 
 def test_markers_stand_on_their_pages() -> None:

@@ -46,6 +46,15 @@ def add_common_arguments(parser: argparse.ArgumentParser, lengths: str) -> None:
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
 
 
+def parse_choices(option: str, text: str, known: tuple[str, ...]) -> list[str]:
+    """ "a,b" -> ["a", "b"], each of them known. Raises ConfigError."""
+    words = text.split(",")
+    for word in words:
+        if word not in known:
+            raise ConfigError(f"{option}: {word!r} is none of {', '.join(known)}")
+    return words
+
+
 def parse_lengths(text: str) -> list[int]:
     """ "1k,2k,100" -> [1024, 2048, 100]; k stands for 1024. Raises ConfigError."""
     lengths = []

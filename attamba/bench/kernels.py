@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LENGTHS = "1k,8k,64k"
 TOKENS = 65536
+PARTS = ("attention", "compressors", "peers")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `attamba bench kernels`."""
     common.add_common_arguments(parser, LENGTHS)
     parser.add_argument("--flex", action="store_true", help="FlexAttention as well (compiles)")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), metavar="PART,...",
+        help=f"what to measure: {', '.join(PARTS)} (default: all; peers needs the library fla)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,21 +60,35 @@ def run(args: argparse.Namespace) -> int:
         "settings": {"tokens": TOKENS, "dim": args.dim, "chunk_size": args.chunk_size, "lead": 64},
         "environment": common.environment(device),
         "ceilings": ceilings(device),
-        "rows": [],
     }
-    for shape in shapes:
-        print(f"attention: {shape} ...", flush=True)
-        record["rows"].append(measure_attention(shape, device, record["ceilings"], args.flex))
+    for part, rows in _rows(args, shapes, device, record["ceilings"]):
+        record.setdefault(part, []).append(rows)
         common.save(args.json, record)
-        common.save(args.json, record)
-    print("compressors ...", flush=True)
-    from attamba.bench.kernels_scan import measure_scan
-
-    record["compressors"] = measure_scan(device, record["ceilings"]["copy_bytes"])
     for table in tables(record):
         print(f"\n{table}")
-    common.save(args.json, record)
     return 0
+
+
+def _rows(
+    args: argparse.Namespace, shapes: list[Shape], device: torch.device, ceiling: dict[str, float]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each measured row and the part of the record that it belongs to."""
+    from attamba.bench.kernels_peers import measure_peers
+    from attamba.bench.kernels_scan import measure_scan
+
+    parts = common.parse_choices("--parts", args.parts, PARTS)
+    if "attention" in parts:
+        for shape in shapes:
+            print(f"attention: {shape} ...", flush=True)
+            yield "rows", measure_attention(shape, device, ceiling, args.flex)
+    if "compressors" in parts:
+        print("compressors ...", flush=True)
+        for row in measure_scan(device, ceiling["copy_bytes"]):
+            yield "compressors", row
+    if "peers" in parts:
+        print("peers ...", flush=True)
+        for row in measure_peers(device, args.dim):
+            yield "peers", row
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
@@ -157,11 +176,21 @@ def measure_attention(
 
 def tables(record: dict[str, Any]) -> list[common.Table]:
     """A record that run() made, as tables."""
-    names = list(dict.fromkeys(name for row in record["rows"] for name in row["ms"]))
+    blocks = _attention(record["rows"]) if "rows" in record else []
+    if "compressors" in record:
+        blocks.append(_compressors(record["compressors"]))
+    if "peers" in record:
+        blocks.append(_peers(record["peers"]))
+    return blocks
+
+
+def _attention(measured: list[dict[str, Any]]) -> list[common.Table]:
+    """Attention forward, and forward and backward."""
+    names = list(dict.fromkeys(name for row in measured for name in row["ms"]))
     blocks = []
     for part, title in (("forward", "forward"), ("both", "forward and backward")):
         rows = []
-        for row in record["rows"]:
+        for row in measured:
             cells = [f"{row['length']:,} x {row['heads']} heads of {row['width']}"]
             cells += [f"{row['ms'][n][part]:.3f} ms" if n in row["ms"] else "-" for n in names]
             cells += [f"{row[f'{n}_speedup'][part]:.2f}" for n in ("cyclic", "head_cyclic")]
@@ -171,9 +200,25 @@ def tables(record: dict[str, Any]) -> list[common.Table]:
         last = ["of matrix rate"] if part == "forward" else []
         headers = ["tokens", *names, "cyclic: times faster", "head_cyclic", *last]
         blocks.append(common.Table(f"attention, {title}", headers, rows))
-    if "compressors" in record:
-        blocks.append(_compressors(record["compressors"]))
     return blocks
+
+
+def _peers(rows: list[dict[str, Any]]) -> common.Table:
+    """Layers of flash-linear-attention beside ours."""
+    names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
+    cells = [
+        [f"{row['operator']}, {row['batch']} x {row['length']:,}", *_both_times(row, names)]
+        for row in rows
+    ]
+    headers = ["operator, tokens", *(f"{n}: forward / both" for n in names)]
+    return common.Table("layers of flash-linear-attention, forward / both", headers, cells)
+
+
+def _both_times(row: dict[str, Any], names: list[str]) -> list[str]:
+    return [
+        f"{row['ms'][n]['forward']:.3f} / {row['ms'][n]['both']:.3f} ms" if n in row["ms"] else "-"
+        for n in names
+    ]
 
 
 def _compressors(rows: list[dict[str, Any]]) -> common.Table:
@@ -181,15 +226,9 @@ def _compressors(rows: list[dict[str, Any]]) -> common.Table:
     names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
     cells = []
     for row in rows:
-        times = [
-            f"{row['ms'][n]['forward']:.3f} / {row['ms'][n]['both']:.3f} ms"
-            if n in row["ms"]
-            else "-"
-            for n in names
-        ]
         share = row["copy_share"]
         cells.append(
-            [f"{row['scope']}, {row['batch']} x {row['length']:,}", *times]
+            [f"{row['scope']}, {row['batch']} x {row['length']:,}", *_both_times(row, names)]
             + [f"{share[part]:.0%}" if part in share else "-" for part in ("forward", "both")]
         )
     headers = ["scope, tokens", *(f"{n}: forward / both" for n in names)]

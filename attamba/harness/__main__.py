@@ -7,10 +7,13 @@
 Every option is the harness's. Local tasks are known unless --include_path or --config names
 others.
 
-The harness (0.4.13) offers packages no way to name a model for its command `lm_eval`, so that this
-command stands beside it. `lm_eval` itself takes an exported folder; for tasks that score whole
-texts, such as wikitext, add_bos_token=False keeps it from scoring a second separator:
+`lm_eval` itself finds the model by the entry point "lm_eval.models", which the harness's releases
+after 0.4.13 read (its docs/plugins.md). 0.4.13 has no such way; there it knows the model once it
+has read one of our tasks, named by its file, or takes an exported folder. (For tasks that score
+whole texts, such as wikitext, add_bos_token=False keeps that from scoring a second separator.)
 
+    lm_eval --model attamba --model_args pretrained=runs/first \
+        --tasks attamba/harness/tasks/books_bpb.yaml,hellaswag --metadata books_bpb=book.txt
     attamba export runs/first exported --trust-remote-code
     lm_eval --model hf --model_args pretrained=exported,trust_remote_code=True --tasks hellaswag
 """

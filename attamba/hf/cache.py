@@ -6,6 +6,7 @@ padding included, where DecodeCache counts each row's tokens.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -26,6 +27,15 @@ class AttambaCache(Cache):
         super().__init__(layers=[])
         self.decode: DecodeCache | None = None
         self.seen = 0
+        self.inference_only = False
+
+    def mode(self) -> AbstractContextManager[object]:
+        """Inference mode, in which an operator costs less, where `inference_only` is set.
+
+        generate() sets it for a cache that nobody sees but itself: what inference mode makes can
+        neither be written to nor trained through outside of it.
+        """
+        return torch.inference_mode() if self.inference_only else nullcontext()
 
     def __repr__(self) -> str:
         held = "empty" if self.decode is None else f"{self.decode.nbytes():,} bytes"
@@ -70,7 +80,8 @@ class AttambaCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes a copy of row beam_idx[i]."""
         if self.decode is not None:
-            self.decode.reorder(beam_idx.to(self.decode.lengths))
+            with self.mode():
+                self.decode.reorder(beam_idx.to(self.decode.lengths))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows indices (int64 [B'])."""

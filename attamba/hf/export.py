@@ -20,17 +20,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from attamba.config import ConfigError, RunConfig, from_dict, to_dict
 from attamba.data import Tokenizer, load_tokenizer
 from attamba.data.files import sha256
 from attamba.hf.card import model_card
+from attamba.hf.configuration import AttambaConfig
 from attamba.hf.modeling import AttambaForCausalLM
 from attamba.hf.remote_code import write_remote_code
 from attamba.hf.tokenizer import save_for_transformers
-from attamba.train.checkpoint import MODEL, load, read_config, read_state, save_checkpoint
+from attamba.train.checkpoint import load, read_config, read_state, save_checkpoint
 from attamba.train.storage import CheckpointError, find_checkpoint
 
 NATIVE, TRAINING = "native", "training.json"
@@ -60,7 +60,7 @@ def export(
         raise ConfigError(f"{out} exists and is not empty; name another folder, or delete it")
     _check_size(max_shard_size)
     folder = find_checkpoint(checkpoint)
-    decoder, tokenizer = load(folder, dtype=_dtype_of(folder))
+    decoder, tokenizer = load(folder)
     model = AttambaForCausalLM.from_decoder(decoder, **_special_ids(tokenizer))
     model.generation_config = GenerationConfig(**_special_ids(tokenizer))
     aside = out.with_name(f".{out.name}.partial")
@@ -122,6 +122,29 @@ def import_folder(
     )
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError or CheckpointError for what would fail once `folder` is served.
+
+    Weights or a config that are missing or were altered since the export, no tokenizer, and one
+    with more tokens than the model knows.
+    """
+    _read_training(folder)
+    config = AttambaConfig.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of any kind: the library does not check what it reads
+        raise ConfigError(
+            f"{folder} holds no tokenizer that can be read (tokenizer.json, "
+            f"tokenizer_config.json: {error!r}); export the model again"
+        ) from error
+    if len(tokenizer) > config.vocab_size:
+        raise ConfigError(
+            f"tokenizer and weights do not match: {folder / 'tokenizer.json'} has "
+            f"{len(tokenizer)} entries, vocab_size in {folder / 'config.json'} is "
+            f"{config.vocab_size}; put back the tokenizer that the model was trained with"
+        )
+
+
 def _check_size(text: str) -> None:
     if not re.fullmatch(r"[1-9]\d*\s*[KMGT]B", text, re.IGNORECASE):
         raise ConfigError(f"max_shard_size={text} is not a size; say it as 500MB or 5GB")
@@ -129,24 +152,6 @@ def _check_size(text: str) -> None:
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {f"{name}_token_id": tokenizer.eos_id for name in ("bos", "eos", "pad")}
-
-
-def _dtype_of(folder: Path) -> torch.dtype:
-    """The dtype of a checkpoint's weights."""
-    from safetensors import SafetensorError, safe_open
-
-    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    try:
-        with safe_open(folder / MODEL, framework="pt") as file:
-            found = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / MODEL} cannot be read: {error}") from error
-    if len(found) != 1 or not found <= set(names):
-        raise CheckpointError(
-            f"{folder / MODEL} has tensors of type {', '.join(sorted(found))}; all must have one "
-            f"of {', '.join(names)}"
-        )
-    return names[found.pop()]
 
 
 def _write_training(path: Path, checkpoint: Path, exported: Path) -> None:
@@ -177,7 +182,7 @@ def _read_training(folder: Path) -> dict[str, Any]:
         if sha256(file) != digest:
             raise CheckpointError(
                 f"{file} was altered after the export; export the model again. If the change is "
-                f"meant, delete {folder / NATIVE} and import without its record"
+                f"meant, delete {folder / NATIVE}, which holds the record"
             )
     return training
 
@@ -194,7 +199,10 @@ def _check_architecture(folder: Path) -> None:
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
     if found != "attamba":
-        raise ConfigError(f"{path} is of the architecture {found!r}, not 'attamba'")
+        raise ConfigError(
+            f"{path} is of the architecture {found!r}, not 'attamba'; give a folder that "
+            f"`attamba export` wrote"
+        )
 
 
 def _load(folder: Path) -> AttambaForCausalLM:

@@ -27,7 +27,9 @@ def padding(mask: Tensor | None, seq: int, cached: bool) -> Tensor | None:
         )
     mask = mask[:, -seq:].bool()
     if cached:
-        return mask
+        # generate() goes on with ones; to look is cheap on a CPU, on a GPU it would wait for it.
+        real = mask.is_cpu and not torch.compiler.is_compiling() and bool(mask.all())
+        return None if real else mask
     started = mask.cumsum(1) > 0
     if not torch.compiler.is_compiling():
         goes_on = mask.flip(1).cumsum(1).flip(1) > 0

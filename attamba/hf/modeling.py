@@ -9,6 +9,7 @@ n layers, G key/value heads.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -280,22 +281,24 @@ class AttambaForCausalLM(AttambaPreTrainedModel, GenerationMixin):
         """
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        outputs = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            doc_ids=doc_ids,
-            ends=ends,
-            **kwargs,
-        )
-        hidden = outputs.last_hidden_state
-        if not isinstance(logits_to_keep, int):
-            hidden = hidden[:, logits_to_keep]
-        elif logits_to_keep:
-            hidden = hidden[:, -logits_to_keep:]
-        logits = self.decoder.head(hidden)
+        cache = past_key_values
+        with cache.mode() if isinstance(cache, AttambaCache) else nullcontext():
+            outputs = self.model(
+                input_ids,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                doc_ids=doc_ids,
+                ends=ends,
+                **kwargs,
+            )
+            hidden = outputs.last_hidden_state
+            if not isinstance(logits_to_keep, int):
+                hidden = hidden[:, logits_to_keep]
+            elif logits_to_keep:
+                hidden = hidden[:, -logits_to_keep:]
+            logits = self.decoder.head(hidden)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -349,6 +352,11 @@ class AttambaForCausalLM(AttambaPreTrainedModel, GenerationMixin):
             given._is_user_defined = True  # generate() asks for it
         elif generation_config.use_cache:
             cache = model_kwargs["past_key_values"] = AttambaCache()
+            # Weights that other ranks hold are gathered as inference tensors there, and stay so.
+            weight = self.decoder.embed.weight
+            alone = type(weight) is nn.Parameter and weight.numel() > 0
+            seen = generation_config.return_dict_in_generate or torch.is_grad_enabled()
+            cache.inference_only = alone and not seen
             if generation_config.is_assistant:
                 cache.activate_past_recording()
 

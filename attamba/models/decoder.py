@@ -14,7 +14,6 @@ from attamba.config import ModelConfig
 from attamba.models.registry import build_mixer
 from attamba.modules.cache import DecodeCache, LayerCache
 from attamba.modules.layers import RMSNorm, SwiGLU, linear, trunc_normal_
-from attamba.ops.chunk_decode import add_norm, silu_mul
 from attamba.ops.chunking import Span, make_span, part_of
 from attamba.ops.row_ranks import RowRanks
 
@@ -34,6 +33,11 @@ class Block(nn.Module):
     ) -> Tensor:
         x = x + self.mixer(self.mixer_norm(x), span, cache, given)
         return x + self.ffn(self.ffn_norm(x))
+
+    def step(self, x: Tensor, span: Span, cache: LayerCache, given: Tensor | None) -> Tensor:
+        """The same for one token per row, [B, 1, d], in few kernels; see TimeMixer.step."""
+        x = self.mixer.step(x, self.mixer_norm, span, cache, given)
+        return self.ffn.step(x, self.ffn_norm)
 
 
 class Decoder(nn.Module):
@@ -103,33 +107,22 @@ class Decoder(nn.Module):
         given = self._given(ends, span.rows.positions.shape[1], x.shape[0], cache)
         if cache is not None:
             cache.before(x.shape[1])
-        # A hook on a layer wants to see whole layers.
-        hooked = any(layer._forward_hooks for layer in self.layers)
-        if cache is not None and x.shape[1] == 1 and cache.by_kernel and not hooked:
-            x = self._step(x, span, cache, given)
-        else:
-            for i, layer in enumerate(self.layers):
-                held = None if cache is None else cache.layers[i]
-                x = layer(x, span, held, None if given is None else given[i])
-            x = self.norm(x)
+        in_kernels = cache is not None and x.shape[1] == 1 and cache.by_kernel and not self._hooked
+        for i, layer in enumerate(self.layers):
+            here = None if given is None else given[i]
+            if cache is not None and in_kernels and isinstance(layer, Block):
+                x = layer.step(x, span, cache.layers[i], here)
+            else:
+                x = layer(x, span, None if cache is None else cache.layers[i], here)
+        x = self.norm(x)
         if cache is not None:
             cache.count(span.n_new)
         return x if return_hidden else self.head(x)
 
-    def _step(self, x: Tensor, span: Span, cache: DecodeCache, given: Tensor | None) -> Tensor:
-        """Every layer and the final norm for one token per row, [B, 1, d] -> [B, 1, d].
-
-        The same as layer by layer, in fewer kernels: each sum is normed where it is made.
-        """
-        blocks = [layer for layer in self.layers if isinstance(layer, Block)]
-        normed = blocks[0].mixer_norm(x)
-        for i, block in enumerate(blocks):
-            y = block.mixer(normed, span, cache.layers[i], None if given is None else given[i])
-            x, normed = add_norm(x, y, block.ffn_norm.weight, block.ffn_norm.eps)
-            y = block.ffn.w2(silu_mul(block.ffn.w13(normed)))
-            following = blocks[i + 1].mixer_norm if i + 1 < len(blocks) else self.norm
-            x, normed = add_norm(x, y, following.weight, following.eps)
-        return normed
+    @property
+    def _hooked(self) -> bool:
+        """Does a hook want to see what some module gives?"""
+        return any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())
 
     def new_cache(self, batch_size: int = 1, dtype: torch.dtype | None = None) -> DecodeCache:
         """An empty decode cache on the model's device.

@@ -10,6 +10,9 @@ Shapes: B batch, T tokens, d model width, H query heads, G key/value heads, D wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +20,7 @@ from attamba.config import AttambaMixer
 from attamba.modules.cache import LayerCache, ScanState, State
 from attamba.modules.compressor import Compressors
 from attamba.modules.kv_cache import KVCache, attend_token
-from attamba.modules.layers import Rotary, linear, product, rotate
+from attamba.modules.layers import RMSNorm, Rotary, linear, plain, product, rotate
 from attamba.modules.mixer import TimeMixer
 from attamba.modules.pooling import GatedPooling, MeanPooling
 from attamba.modules.strided import StridedCompressors
@@ -32,6 +35,23 @@ from attamba.ops.chunking import (
 )
 from attamba.ops.first_scores import last_key_scores
 from attamba.ops.shared_rows import shared_attention, with_open_chunk
+from attamba.ops.thin_linear import Norm, normed_linear, thin_linear
+
+
+class _Projected(NamedTuple):
+    """A step's normed input [B, 1, d] and what is made of it: Wq u, the compressors' input
+    projection, Wkv u; None where a mixer has none or makes it later."""
+
+    u: Tensor
+    q: Tensor
+    for_state: Tensor | None
+    kv: Tensor | None
+
+    @classmethod
+    def of(cls, u: Tensor, outputs: Sequence[Tensor]) -> _Projected:
+        q, for_state, kv = (*outputs, None, None)[:3]
+        assert q is not None
+        return cls(u, q, for_state, kv)
 
 
 class ChunkAttention(TimeMixer):
@@ -86,7 +106,7 @@ class ChunkAttention(TimeMixer):
         if ends.shape[1] > 1:
             ends = ends[:, self.own_heads]
         if cache is not None and x.shape[1] == 1:
-            y = self._step(x, ends, span, cache)
+            y = self._attend_token(self._products(x, cache.stacked), ends, span, cache)
             cache.keep(carry)
             return self.wo(y)
         q, k, v = self.project(x, ends, span, cache)
@@ -100,24 +120,39 @@ class ChunkAttention(TimeMixer):
             y = cache.kv.attend(q, k, v, ends, span, self.lead)
         return self.wo(y.flatten(2))
 
-    def _step(self, x: Tensor, ends: Tensor, span: Span, cache: LayerCache) -> Tensor:
-        """One token after those in the cache, [B, 1, d] -> [B, 1, H * D]."""
+    def step(
+        self, x: Tensor, norm: nn.Module, span: Span, cache: LayerCache, given: Tensor | None
+    ) -> Tensor:
+        if not self.has_step or not plain(norm, *self._into(), self.wo):
+            return super().step(x, norm, span, cache, given)
+        assert isinstance(norm, RMSNorm)
+        if given is not None:
+            normalize_ends(given, x.shape[0], self.n_kv_heads, 1)
+        ends, carry = self.boundary(span, cache.carry, given)
+        made = self._normed_products(x, norm.before(), cache.stacked)
+        y = self._attend_token(made, ends, span, cache)
+        cache.keep(carry)
+        return thin_linear(y[:, 0], self.wo.weight, residual=x[:, 0], backend="triton")[:, None]
+
+    def _attend_token(
+        self, made: _Projected, ends: Tensor, span: Span, cache: LayerCache
+    ) -> Tensor:
+        """One token after those in the cache, [B, 1, H * D]."""
         assert cache.kv is not None
         added = None
         if self.has_step:
-            assert isinstance(self.compressors, Compressors)
+            assert isinstance(self.compressors, Compressors) and made.for_state is not None
             assert isinstance(cache.state, ScanState)
             starts = None  # a state of whole sequences starts from its zeros
             if self.resets:
                 self._check_shared(ends)
                 starts = cache.kv.last_end
-            q, for_state, kv = self._projected(x, self.compressors.in_proj, cache.stacked)
-            more = self.compressors.step(for_state[:, 0], starts, span, cache.state)
+            more = self.compressors.step(made.for_state[:, 0], starts, span, cache.state)
             added = self._heads(more[0], more[1])
-            k, v = (x, x) if kv is None else kv.chunk(2, -1)
+            k, v = (made.u, made.u) if made.kv is None else made.kv.chunk(2, -1)
         else:
-            q, (k, v) = self.wq(x), self._keys_and_values(x, ends, span, cache)
-        q = q.unflatten(-1, (self.n_heads, self.head_dim))
+            k, v = self._keys_and_values(made.u, ends, span, cache)
+        q = made.q.unflatten(-1, (self.n_heads, self.head_dim))
         k, v = self._heads(k.to(q.dtype), v.to(q.dtype))
         return attend_token(q, k, v, ends, self.rotary(span), span, cache.kv, added)
 
@@ -126,23 +161,35 @@ class ChunkAttention(TimeMixer):
         shape = (self.n_kv_heads, self.head_dim)
         return k.unflatten(-1, shape), v.unflatten(-1, shape)
 
-    def _projected(
-        self, x: Tensor, in_proj: nn.Linear, stacked: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Wq x, the compressors' input projection of x, and Wkv x where there is one."""
+    def _into(self) -> list[nn.Linear]:
+        """What a step multiplies its normed input with."""
+        layers = [self.wq]
+        if self.has_step:
+            assert isinstance(self.compressors, Compressors)
+            layers += [self.compressors.in_proj] + ([] if self.wkv is None else [self.wkv])
+        return layers
+
+    def _products(self, u: Tensor, stacked: Tensor | None) -> _Projected:
+        """u: [B, 1, d], normed."""
         if stacked is None:
-            return self.wq(x), in_proj(x), None if self.wkv is None else self.wkv(x)
-        widths = [self.wq.out_features, in_proj.out_features]
-        y = product(x, stacked)
-        q, for_state, kv = y.split([*widths, y.shape[-1] - sum(widths)], -1)
-        return q, for_state, None if self.wkv is None else kv
+            return _Projected.of(u, [layer(u) for layer in self._into()])
+        widths = [layer.out_features for layer in self._into()]
+        return _Projected.of(u, product(u, stacked).split(widths, -1))
+
+    def _normed_products(self, x: Tensor, norm: Norm, stacked: Tensor | None) -> _Projected:
+        """x: [B, 1, d], before the norm; in kernels."""
+        layers = self._into()
+        first, *others = [layer.weight for layer in layers] if stacked is None else [stacked]
+        made, u = normed_linear(x[:, 0], first, norm, backend="triton")
+        outputs = [made, *(thin_linear(x[:, 0], w, norm=norm, backend="triton") for w in others)]
+        if stacked is not None:
+            outputs = list(made.split([layer.out_features for layer in layers], -1))
+        return _Projected.of(u[:, None], [output[:, None] for output in outputs])
 
     def stacked_projections(self) -> Tensor | None:
-        if not self.has_step:
+        if not self.has_step or not plain(*self._into()):
             return None
-        assert isinstance(self.compressors, Compressors)
-        weights = [self.wq.weight, self.compressors.in_proj.weight]
-        return torch.cat(weights if self.wkv is None else [*weights, self.wkv.weight]).detach()
+        return torch.cat([layer.weight for layer in self._into()]).detach()
 
     def project(
         self, x: Tensor, ends: Tensor, span: Span, cache: LayerCache | None = None

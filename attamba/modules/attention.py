@@ -6,15 +6,16 @@ Shapes: B batch, T tokens, d model width, H query heads, G key/value heads, D wi
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attamba.config import TransformerMixer
 from attamba.modules.cache import LayerCache
 from attamba.modules.kv_cache import KVCache, attend_token
-from attamba.modules.layers import Rotary, linear, rotate
+from attamba.modules.layers import RMSNorm, Rotary, linear, plain, rotate
 from attamba.modules.mixer import TimeMixer
 from attamba.ops.chunking import Span
 from attamba.ops.shared_rows import shared_attention
+from attamba.ops.thin_linear import thin_linear
 
 
 class Attention(TimeMixer):
@@ -52,6 +53,29 @@ class Attention(TimeMixer):
         else:
             y = kv.attend(q, k, v, None, span, self.lead)
         return self.wo(y.flatten(2))
+
+    def step(
+        self, x: Tensor, norm: nn.Module, span: Span, cache: LayerCache, given: Tensor | None
+    ) -> Tensor:
+        if not plain(norm, self.wq, self.wkv, self.wo):
+            return super().step(x, norm, span, cache, given)
+        assert isinstance(norm, RMSNorm) and cache.kv is not None
+        rows, before = x[:, 0], norm.before()
+        if cache.stacked is None:
+            q = thin_linear(rows, self.wq.weight, norm=before, backend="triton")
+            kv = thin_linear(rows, self.wkv.weight, norm=before, backend="triton")
+        else:
+            qkv = thin_linear(rows, cache.stacked, norm=before, backend="triton")
+            q, kv = qkv.split([self.wq.out_features, self.wkv.out_features], -1)
+        q = q[:, None].unflatten(-1, (self.n_heads, self.head_dim))
+        k, v = kv[:, None].unflatten(-1, (2, self.n_kv_heads, self.head_dim)).unbind(2)
+        y = attend_token(q, k, v, None, self.rotary(span), span, cache.kv)
+        return thin_linear(y[:, 0], self.wo.weight, residual=rows, backend="triton")[:, None]
+
+    def stacked_projections(self) -> Tensor | None:
+        if not plain(self.wq, self.wkv):
+            return None
+        return torch.cat([self.wq.weight, self.wkv.weight]).detach()
 
     def new_cache(self, batch: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
         kv = KVCache(

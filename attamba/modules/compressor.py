@@ -31,6 +31,7 @@ from attamba.ops.compress.stages import (
     split_projection,
 )
 from attamba.ops.shared_rows import padded
+from attamba.ops.thin_linear import Norm, thin_linear
 
 
 class Compressors(nn.Module):
@@ -143,14 +144,7 @@ class Compressors(nn.Module):
 
         starts: bool [B], None for nowhere.
         """
-        weights = CompressorWeights(
-            self.conv_weight,
-            self.A_log,
-            self.dt_bias,
-            self.D_skip,
-            self.norm_weight,
-            self.norm_eps,
-        )
+        weights = CompressorWeights(self.conv_weight, self.A_log, self.dt_bias, self.D_skip)
         mask = None if span.mask is None else span.mask[:, 0]
         y, h, conv = compress_step(
             projected,
@@ -162,7 +156,8 @@ class Compressors(nn.Module):
             backend=self.backend,
         )
         state.h, state.conv = h.detach(), conv.detach()
-        k, v = torch.bmm(y.transpose(0, 1), self.out_proj.transpose(1, 2)).unbind(0)
+        norm = Norm(self.norm_weight, self.norm_eps)
+        k, v = thin_linear(y, self.out_proj, norm=norm, backend=self.backend).unbind(1)
         return k, v
 
     def new_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> ScanState:

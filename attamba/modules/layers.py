@@ -5,17 +5,26 @@ Shapes: B batch, T tokens, d model width, H heads, D width of a head.
 
 from __future__ import annotations
 
-import functools
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attamba.ops.chunking import Span
-from attamba.ops.rotary import frequencies, rotary_table, rotate
+from attamba.ops.rotary import rotary_table, rotate, step_table
+from attamba.ops.thin_linear import Norm, thin_linear
+from attamba.ops.thin_linear.torch import product
 
-__all__ = ["Linear", "RMSNorm", "Rotary", "SwiGLU", "linear", "product", "rotate", "trunc_normal_"]
+__all__ = [
+    "Linear",
+    "RMSNorm",
+    "Rotary",
+    "SwiGLU",
+    "linear",
+    "plain",
+    "product",
+    "rotate",
+    "trunc_normal_",
+]
 
 
 class RMSNorm(nn.Module):
@@ -29,6 +38,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
+    def before(self) -> Norm:
+        """The norm as a part of the product that follows."""
+        return Norm(self.weight, self.eps)
+
 
 class SwiGLU(nn.Module):
     """W2 (SiLU(W1 x) * W3 x)  (arXiv 2002.05202); W1 and W3 are one matrix."""
@@ -41,6 +54,15 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, -1)
         return self.w2(F.silu(gate) * up)
+
+    def step(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """x + self(norm(x)) of one token per row in kernels, [B, 1, d]."""
+        if not plain(norm, self.w13, self.w2):
+            return x + self(norm(x))
+        assert isinstance(norm, RMSNorm)
+        rows = x[:, 0]
+        hidden = thin_linear(rows, self.w13.weight, norm=norm.before(), gate=True, backend="triton")
+        return thin_linear(hidden, self.w2.weight, residual=rows, backend="triton")[:, None]
 
 
 class Rotary(nn.Module):
@@ -58,18 +80,8 @@ class Rotary(nn.Module):
         return span.memo[key]
 
     def _table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        if positions.shape[1] > 1:
-            return rotary_table(positions, self.head_dim, self.theta)
-        # A decode step is made of small operations, and an operator's entry takes as long as three.
-        frequency = _kept_frequencies(self.head_dim, self.theta, positions.device)
-        angle = positions[..., None, None] * frequency
-        return angle.cos().float(), angle.sin().float()
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return frequencies(head_dim, theta, device)
+        table = rotary_table if positions.shape[1] > 1 else step_table
+        return table(positions, self.head_dim, self.theta)
 
 
 class Linear(nn.Linear):
@@ -86,33 +98,9 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     return layer
 
 
-FEW_ROWS = 4
-"""So many rows, on a CPU, take as long as reading the weights does."""
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T: [..., K], [N, K] -> [..., N].
-
-    A decode step on a CPU is bound by reading its weights, and the library multiplies so few rows
-    in one thread, from the wrong side. There W is cut into a part for each thread.
-    """
-    parts = math.gcd(weight.shape[0], torch.get_num_threads()) if _few_rows(x, weight) else 1
-    if parts == 1:
-        return F.linear(x, weight)
-    rows = x.reshape(-1, x.shape[-1]).t()
-    y = torch.bmm(weight.unflatten(0, (parts, -1)), rows.expand(parts, -1, -1))
-    return y.flatten(0, 1).t().reshape(*x.shape[:-1], -1)
-
-
-def _few_rows(x: Tensor, weight: Tensor) -> bool:
-    return (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and x.is_cpu
-        and 0 < x.numel() <= FEW_ROWS * x.shape[-1]
-        and x.dtype == weight.dtype == torch.float32
-        and type(weight) in (Tensor, nn.Parameter)  # a sharded weight has its own product
-    )
+def plain(*layers: nn.Module) -> bool:
+    """Do these layers' weights say all that they do? Not so where an adapter took their place."""
+    return all(type(layer) in (Linear, RMSNorm) for layer in layers)
 
 
 def trunc_normal_(weight: Tensor, fan_in: int) -> None:

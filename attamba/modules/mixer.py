@@ -21,6 +21,15 @@ class TimeMixer(nn.Module):
         """
         raise NotImplementedError
 
+    def step(
+        self, x: Tensor, norm: nn.Module, span: Span, cache: LayerCache, given: Tensor | None
+    ) -> Tensor:
+        """x + self(norm(x)) for one token per row, [B, 1, d], on a cache that steps in kernels.
+
+        Mixers that can put the norm and the sum into their products do so here.
+        """
+        return x + self(norm(x), span, cache, given)
+
     def stacked_projections(self) -> Tensor | None:
         """A copy of the matrices that a decode step multiplies with its input, one on the other.
 

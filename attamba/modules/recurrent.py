@@ -128,7 +128,9 @@ class Hawk(Recurrence):
         """
         blocks = u.unflatten(-1, (self.gate_weight.shape[1], -1))
         gates = torch.einsum("btnw,gnwv->btgnv", blocks, self.gate_weight.to(u.dtype)).flatten(3)
-        r, i = (gates.float() + self.gate_bias.float()).sigmoid().unbind(2)
+        # Each through a sigmoid of its own: of one tensor and views of it, all kept for the
+        # backward pass, torch.compile (2.11, CUDA) overwrote the tensor before it read the views.
+        r, i = ((gates.float() + self.gate_bias.float()).unbind(2)[k].sigmoid() for k in (0, 1))
         log_a = -POWER * F.softplus(-self.Lambda.float()) * r
         scale = (-torch.expm1(2 * log_a)).clamp(min=LEAST).sqrt()
         scale = torch.where(starts[..., None], 1.0, scale)

@@ -7,6 +7,7 @@ the first import) runs the same kernels on CPU tensors, slowly: for tests.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 
@@ -50,3 +51,13 @@ def why_not_triton(device: torch.device) -> str | None:
 def interpreted() -> bool:
     """Do kernels run in Triton's interpreter?"""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Can a kernel begin while the one before it ends (programmatic dependent launch)?"""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )

@@ -169,7 +169,8 @@ def load(
     overrides: config keys to change, e.g. {"mixer.chunk_size": 4}; they must keep every tensor's
         name and shape.
     device: "cpu", "cuda", "cuda:1", "auto", ...
-    dtype: "float32", "bfloat16", "float16" or a torch dtype. Default: as saved.
+    dtype: "float32", "bfloat16", "float16" or a torch dtype. Default: as saved, float32 where the
+        tensors differ.
 
     Raises CheckpointError for a file that is missing, truncated or altered, for tensors that do
     not fit the model, and for a tokenizer that is not the checkpoint's; ConfigError for an
@@ -188,8 +189,8 @@ def load(
     tokenizer = _load_tokenizer(folder, model_config)
     with torch.random.fork_rng(devices=[]):  # the initial weights that load_weights replaces
         model = build_model(model_config)
-    load_weights(model, folder, overrides)
-    return model.to(device=target, dtype=dtype).eval(), tokenizer
+    saved = load_weights(model, folder, overrides)
+    return model.to(device=target, dtype=dtype or saved).eval(), tokenizer
 
 
 def restore(
@@ -277,11 +278,11 @@ def _load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
 
 def load_weights(
     model: nn.Module, folder: Path, overrides: Mapping[str, Any] | None = None
-) -> None:
-    """Copy model.safetensors into `model`, in place.
+) -> torch.dtype | None:
+    """Copy model.safetensors into `model`, in place, which keeps its dtype; returns the saved one.
 
-    overrides: what was changed in the checkpoint's config, for the message. Raises CheckpointError
-    for a tensor that is missing, left over or of another shape.
+    That is None where tensors differ. overrides: what was changed in the checkpoint's config, for
+    the message. Raises CheckpointError for a tensor that is missing, left over or of another shape.
     """
     saved, wanted = read_tensors(folder, MODEL), named_tensors(model)
     why = f"; {folder / CONFIG} and {MODEL} are not of one model"
@@ -305,6 +306,8 @@ def load_weights(
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(placed_as(tensor, saved[name]))
+    dtypes = {tensor.dtype for tensor in saved.values()}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def read_tensors(folder: Path, file: str) -> dict[str, Tensor]:

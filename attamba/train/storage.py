@@ -52,6 +52,11 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
             )
         return path
     checkpoints = list_checkpoints(path)
+    if not checkpoints and (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} holds no checkpoint, but looks like a folder of transformers; read it first: "
+            f"attamba import {path} RUN_FOLDER"
+        )
     if not checkpoints:
         raise CheckpointError(
             f"{path} holds no checkpoint (looked for {path / 'checkpoints' / 'step-*'}); "

@@ -15,10 +15,8 @@ from attamba.ops.chunk_decode import (
     PAGE,
     CompressorWeights,
     Held,
-    add_norm,
     attend_step,
     compress_step,
-    silu_mul,
 )
 
 CUDA = torch.device("cuda")
@@ -107,10 +105,10 @@ def test_attend_step_over_many_entries(dtype, heads, groups, width, window):
 @pytest.mark.parametrize("inner, heads, state", [(256, 8, 32), (96, 3, 16), (1024, 8, 64)])
 def test_compress_step_is_its_reference(dtype, inner, heads, state):
     batch, channels = 3, 2 * (inner + 2 * state)
-    shapes = [(channels, 4), (2, heads), (2, heads), (2, heads), (2, inner)]
+    shapes = [(channels, 4), (2, heads), (2, heads), (2, heads)]
     drawn = [torch.randn(s, device=CUDA).to(dtype) for s in shapes]
-    weights = CompressorWeights(*drawn, 1e-5)
-    plain = CompressorWeights(*[t.cpu() for t in drawn], 1e-5)
+    weights = CompressorWeights(*drawn)
+    plain = CompressorWeights(*[t.cpu() for t in drawn])
     h = torch.zeros(batch, 2 * heads, state, inner // heads, device=CUDA)
     conv = torch.zeros(batch, 3, channels, device=CUDA, dtype=dtype)
     theirs = [h.cpu(), conv.cpu()]
@@ -257,19 +255,6 @@ def test_generation_captured_is_generation_on_the_cpu():
     assert [r.tolist() for r in sampled] == [r.tolist() for r in on_cpu]
 
 
-def test_sums_are_normed_and_gates_applied():
-    for dtype in (torch.float32, torch.bfloat16):
-        x, y = torch.randn(2, 3, 1, 96, device=CUDA, dtype=dtype).unbind(0)
-        weight = torch.randn(96, device=CUDA, dtype=dtype)
-        total, normed = add_norm(x, y, weight, 1e-5)
-        want = torch.nn.functional.rms_norm((x + y).float(), (96,), weight.float(), 1e-5)
-        limit = 1e-6 if dtype == torch.float32 else 5e-3
-        assert torch.equal(total, x + y) and relative(normed, want) < limit
-        both = torch.randn(3, 1, 2 * 700, device=CUDA, dtype=dtype)
-        gate, up = both.float().chunk(2, -1)
-        assert relative(silu_mul(both), torch.nn.functional.silu(gate) * up) < limit
-
-
 def test_operators_say_what_they_change():
     held = Held(2, 2, 16, 5, torch.float32, CUDA)
     held.reserve(300)
@@ -280,5 +265,5 @@ def test_operators_say_what_they_change():
     arguments += (held.ring_ends, held.last_end, held.blocks.page_table(), held.arrivals)
     torch.library.opcheck(torch.ops.attamba.attend_step, (*arguments, torch.float32, 5))
     shapes = [(2, 2 * 32 + 2 * 48 + 8), (2, 8, 8, 8), (2, 3, 96), (96, 4), (2, 4), (2, 4), (2, 4)]
-    tensors = [torch.randn(shape, device=CUDA) for shape in [*shapes, (2, 32)]]
-    torch.library.opcheck(torch.ops.attamba.compress_step, (*tensors, 1e-5, None, None))
+    tensors = [torch.randn(shape, device=CUDA) for shape in shapes]
+    torch.library.opcheck(torch.ops.attamba.compress_step, (*tensors, None, None))

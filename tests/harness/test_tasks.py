@@ -2,14 +2,21 @@
 
 import json
 import math
+import os
 import random
 import re
+import subprocess
 import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+import tomllib
 import torch
+from lm_eval.api.model import LM
+from lm_eval.api.registry import Registry
 from lm_eval.tasks import TaskManager
 
 import attamba
@@ -18,6 +25,7 @@ from attamba.config import ConfigError, RunConfig, from_dict
 from attamba.data import DataError, load_tokenizer
 from attamba.evaluate import evaluate
 from attamba.harness import LOCAL_TASKS, AttambaLM, figures, load_tasks, run_tasks
+from attamba.harness.run import TASKS
 from attamba.harness.tasks.local import wikitext_articles
 from attamba.train import save_checkpoint
 
@@ -83,8 +91,6 @@ STAND_INS = {
 @pytest.fixture(scope="module")
 def manager() -> TaskManager:
     """All tasks of the harness; to find them takes seconds."""
-    from attamba.harness.run import TASKS
-
     return TaskManager(include_path=str(TASKS))
 
 
@@ -319,3 +325,34 @@ def test_the_harness_s_command_line(folder, tmp_path, monkeypatch, capsys):
     for measure in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         assert found["wikitext2_local"][f"{measure},none"] == found["wikitext"][f"{measure},none"]
     assert set(LOCAL_TASKS) == {"books_bpb", "wikitext2_local"}
+
+
+def test_the_entry_point_that_the_harness_reads():
+    """As its releases after 0.4.13 do: the name in a registry, the class when it is asked for."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    ((name, value),) = tomllib.loads(text)["project"]["entry-points"]["lm_eval.models"].items()
+    registry = Registry("model", base_cls=LM)
+    registry.register(name, target=EntryPoint(name, value, "lm_eval.models"))
+    assert name == "attamba" and registry.get(name) is AttambaLM
+    assert value == f"{AttambaLM.__module__}:{AttambaLM.__name__}"  # or it would clash with itself
+
+
+def test_the_stock_command_knows_the_model_by_a_task_s_file(folder, tmp_path):
+    (tmp_path / "book.txt").write_text(PLAIN[0])
+    done = subprocess.run(
+        [
+            Path(sys.executable).parent / "lm_eval",
+            "--model=attamba",
+            f"--model_args=pretrained={folder}",
+            f"--tasks={TASKS}/books_bpb.yaml",
+            f"--metadata=books_bpb={tmp_path}/book.txt",
+            "--device=cpu",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    bits = nats(PLAIN[:1], 32) / math.log(2) / len(PLAIN[0].encode())
+    assert re.search(rf"bits_per_byte *\|↓ *\| *{bits:.4f}", done.stdout)

@@ -18,6 +18,7 @@ ATTAMBA = {
 }
 MIXERS = {
     "cyclic": ATTAMBA,
+    "sequence": {**ATTAMBA, "ssm_scope": "sequence"},
     "heads": {**ATTAMBA, "boundary": "head_cyclic", "ssm_scope": "sequence"},
     "separator": {**ATTAMBA, "boundary": {"type": "separator", "tokens": [1, 2, 3]}},
     "jitter": {**ATTAMBA, "boundary": "jitter", "n_kv_heads": 2, "kv_proj": True},
@@ -33,6 +34,11 @@ MIXERS = {
     "hawk": {"type": "hawk"},
     "recurrent hybrid": [{"type": "hawk"}, ATTAMBA],
 }
+EVERY_KIND = [
+    *("cyclic", "sequence", "heads", "separator", "transformer", "hybrid"),
+    *("mamba2", "mingru", "minlstm", "hawk", "recurrent hybrid"),
+]
+"""Mixers that each mode of generate() is tried with; plain greedy search is with all."""
 
 
 def build(mixer=ATTAMBA, tie=False, vocab_size=VOCAB, **others):

@@ -55,6 +55,7 @@ def bpe(tmp_path_factory):
 @pytest.mark.parametrize("shard", ["5GB", "10KB"])
 def test_bit_equal_both_ways(make_run, tmp_path, tie, dtype, shard):
     checkpoint = make_run(dtype=dtype, tie=tie)
+    assert attamba.load(checkpoint)[0].embed.weight.dtype == dtype
     out = export(checkpoint, tmp_path / "hf", max_shard_size=shard)
     loaded = AutoModelForCausalLM.from_pretrained(out)
     tensors = load_file(checkpoint / "model.safetensors")
@@ -282,6 +283,30 @@ def test_bad_folders(make_run, tmp_path, spoil, error, message):
     with pytest.raises(error, match=message):
         import_folder(out, tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("command", [["export", "CKPT", "hf"], ["serve", "CKPT"]])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.unlink(), "is missing; restore it from a copy"),
+        (lambda path: flip(path), "was altered after it was saved"),
+    ],
+)
+def test_bad_checkpoints(make_run, tmp_path, capsys, monkeypatch, command, spoil, message):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = make_run()
+    spoil(checkpoint / "model.safetensors")
+    before = set(tmp_path.rglob("*"))
+    assert main([str(checkpoint) if word == "CKPT" else word for word in command]) == 2
+    assert message in capsys.readouterr().err
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_of_transformers_is_no_checkpoint(make_run, tmp_path, capsys):
+    out = export(make_run(), tmp_path / "hf")
+    assert main(["eval", str(out), "--data", "x"]) == 2
+    assert f"read it first: attamba import {out} RUN_FOLDER" in capsys.readouterr().err
 
 
 def flip(path, at=-1):

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hf_models import ATTAMBA, MIXERS, VOCAB, build
+from hf_models import ATTAMBA, EVERY_KIND, MIXERS, VOCAB, build
 from transformers import (
     AutoTokenizer,
     DynamicCache,
@@ -15,6 +15,7 @@ from transformers import (
     TextIteratorStreamer,
     set_seed,
 )
+from transformers.generation import BaseStreamer
 
 import attamba
 from attamba.data import load_tokenizer
@@ -49,10 +50,11 @@ def agree(model, ids, **options):
     return cached
 
 
+@pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("name", MIXERS)
-def test_greedy(name):
+def test_greedy(name, rows):
     decoder, model = build(MIXERS[name])
-    ids = prompt()
+    ids = prompt(rows)
     assert torch.equal(agree(model, ids), attamba.generate(decoder, ids, max_new_tokens=NEW))
 
 
@@ -66,22 +68,27 @@ def test_left_padding(name):
         assert torch.equal(got[-len(want) :], want), row
 
 
-@pytest.mark.parametrize("name", ["cyclic", "separator", "hybrid"])
+@pytest.mark.parametrize("name", EVERY_KIND)
 def test_sampling_several(name):
-    _, model = build(MIXERS[name])
-    options = {"do_sample": True, "num_return_sequences": 3, "top_k": 0}
-    cached = agree(model, prompt(), **options)
+    decoder, model = build(MIXERS[name])
+    rows, ids, mask = padded([4, 9])
+    options = {"attention_mask": mask, "do_sample": True, "num_return_sequences": 3}
+    cached = agree(model, ids, top_k=0, **options)
     assert len({tuple(row.tolist()) for row in cached}) == 6
+    # Both sample, each from random numbers of its own: of one candidate they draw the same.
+    want = attamba.generate(decoder, rows, max_new_tokens=NEW, temperature=1.0, top_k=1)
+    for i, row in enumerate(generate(model, ids, top_k=1, **options)):
+        assert torch.equal(row[-len(want[i // 3]) :], want[i // 3])
 
 
-@pytest.mark.parametrize("name", ["cyclic", "heads", "separator", "hybrid"])
+@pytest.mark.parametrize("name", EVERY_KIND)
 def test_beams(name):
     _, model = build(MIXERS[name])
     _, ids, mask = padded([4, 9])
     agree(model, ids, attention_mask=mask, num_beams=3, num_return_sequences=2)
 
 
-@pytest.mark.parametrize("name", ["cyclic", "separator", "sliding", "recurrent hybrid"])
+@pytest.mark.parametrize("name", [*EVERY_KIND, "sliding"])
 def test_chunked_prefill(name):
     decoder, model = build(MIXERS[name])
     rows, ids, mask = padded([20, 9])
@@ -94,14 +101,15 @@ def test_chunked_prefill(name):
             assert torch.equal(row[-len(want) :], want), size
 
 
-@pytest.mark.parametrize("name", ["cyclic", "jitter", "transformer", "recurrent hybrid"])
+@pytest.mark.parametrize("name", [kind for kind in EVERY_KIND if kind != "separator"])
 def test_from_embeddings(name):
     _, model = build(MIXERS[name])
-    ids = prompt()
-    options = {"inputs_embeds": model.get_input_embeddings()(ids), "max_new_tokens": NEW}
-    new = model.generate(**options, pad_token_id=0)
-    assert torch.equal(new, model.generate(**options, pad_token_id=0, use_cache=False))
-    assert torch.equal(new, generate(model, ids)[:, ids.shape[1] :])
+    _, ids, mask = padded([4, 9])
+    options = {"attention_mask": mask, "max_new_tokens": NEW, "pad_token_id": 0}
+    options["inputs_embeds"] = model.get_input_embeddings()(ids)
+    new = model.generate(**options)
+    assert torch.equal(new, model.generate(**options, use_cache=False))
+    assert torch.equal(new, generate(model, ids, attention_mask=mask)[:, ids.shape[1] :])
 
 
 def test_boundaries_that_look_at_ids_need_them():
@@ -111,15 +119,16 @@ def test_boundaries_that_look_at_ids_need_them():
         model.generate(inputs_embeds=embeds, max_new_tokens=2, pad_token_id=0)
 
 
-def test_ended_rows():
-    decoder, model = build()
+@pytest.mark.parametrize("name", EVERY_KIND)
+def test_ended_rows(name):
+    decoder, model = build(MIXERS[name])
     ids = prompt(4)
     eos = int(generate(model, ids)[0, ids.shape[1] + 3])
     cached = agree(model, ids, eos_token_id=eos, pad_token_id=eos)
     assert torch.equal(cached, attamba.generate(decoder, ids, max_new_tokens=NEW, eos_id=eos))
 
 
-@pytest.mark.parametrize("name", ["cyclic", "separator", "hybrid"])
+@pytest.mark.parametrize("name", EVERY_KIND)
 def test_going_on_from_a_returned_cache(name):
     _, model = build(MIXERS[name])
     _, ids, mask = padded([5, 9])
@@ -159,7 +168,30 @@ def test_given_ends():
     assert torch.equal(generate(model, ids, ends=ends, prefill_chunk_size=4), want)
 
 
-def test_streamer(tmp_path):
+class Kept(BaseStreamer):
+    """A streamer that keeps what it is given, and says when the end was."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("name", EVERY_KIND)
+def test_streamed_tokens(name):
+    decoder, model = build(MIXERS[name])
+    ids, streamer, other = prompt(1), Kept(), Kept()
+    generate(model, ids, streamer=streamer)
+    generate(model, ids, streamer=other, use_cache=False)
+    assert streamer.tokens == attamba.generate(decoder, ids, max_new_tokens=NEW)[0].tolist()
+    assert streamer.ended and streamer.tokens == other.tokens
+
+
+def test_text_streamer(tmp_path):
     own = load_tokenizer("bytes")
     save_for_transformers(own, tmp_path, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -168,6 +200,19 @@ def test_streamer(tmp_path):
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
     out = generate(model, **inputs | {"ids": inputs.pop("input_ids")}, streamer=streamer)
     assert "".join(streamer) == tokenizer.decode(out[0, -NEW:])
+
+
+def test_training_on_what_was_generated():
+    """generate() runs in inference mode, and nothing of it stays in the model or its tokens."""
+    _, model = build(MIXERS["hybrid"])
+    for options in ({}, {"num_beams": 2}, {"return_dict_in_generate": True}):
+        out = generate(model, prompt(), **options)
+        tokens = out.sequences if options.get("return_dict_in_generate") else out
+        assert not tokens.is_inference()
+        tokens += 0
+        model(tokens, labels=tokens).loss.backward()
+    kept = list(out.past_key_values.decode.tensors())
+    assert kept and not any(tensor.is_inference() for tensor in kept)
 
 
 # --------------------------------------------------------------------------------------------

@@ -117,8 +117,6 @@ def test_compress_step_is_its_reference(backend, taps, inner, heads, state):
         torch.randn(2, heads),
         torch.randn(2, heads),
         torch.randn(2, heads),
-        torch.randn(2, inner),
-        1e-5,
     )
     h = torch.zeros(batch, 2 * heads, state, inner // heads)
     conv = torch.zeros(batch, taps - 1, channels)

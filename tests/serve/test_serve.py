@@ -169,19 +169,47 @@ def test_a_port_in_use(checkpoint, capsys):
     )
 
 
-def test_folders_that_cannot_be_served(checkpoint, tmp_path, capsys):
+def test_another_architecture_is_not_served(tmp_path, capsys):
     from transformers import LlamaConfig
-
-    from attamba.serve import served_folder
 
     LlamaConfig().save_pretrained(tmp_path / "llama")
     assert main(["serve", str(tmp_path / "llama"), "--port", str(free_port())]) == 2
     assert "is of the architecture 'llama', not 'attamba'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("model.safetensors", lambda path: flip(path), "was altered after the export"),
+        ("model.safetensors", lambda path: path.unlink(), "is missing; export the model again"),
+        ("config.json", lambda path: path.write_text('{"model_type": "attamba"}'), "was altered"),
+        ("tokenizer.json", lambda path: path.unlink(), "holds no tokenizer that can be read"),
+        ("tokenizer.json", lambda path: path.write_text("{}"), "holds no tokenizer that can be"),
+        ("tokenizer.json", lambda path: one_more(path), "has 257 entries, vocab_size in"),
+    ],
+)
+def test_exported_folders_that_cannot_be_served(
+    checkpoint, file, change, message, tmp_path, capsys
+):
+    from attamba.serve import served_folder
+
     folder = served_folder(checkpoint, tmp_path)
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-10])
+    change(folder / file)
     assert main(["serve", str(folder), "--port", str(free_port())]) == 2
-    assert "the weights are damaged" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def one_more(path):
+    """A tokenizer with a token that the model does not know."""
+    found = json.loads(path.read_text())
+    found["model"]["vocab"]["more"] = 256
+    path.write_text(json.dumps(found))
 
 
 def test_without_the_servers_packages(checkpoint, monkeypatch, capsys):

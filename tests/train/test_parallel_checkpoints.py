@@ -118,6 +118,15 @@ def test_a_checkpoint_of_ranks_can_be_loaded_and_made_whole(of_two, tmp_path, ca
     assert "exists already" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_ranks_is_exported(of_two, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    assert main(["export", of_two.out, str(tmp_path / "hf")]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    (newest,) = list_checkpoints(of_two.out)[-1:]
+    for name, tensor in read_tensors(newest, MODEL).items():
+        assert torch.equal(model.get_parameter(f"model.decoder.{name}"), tensor), name
+
+
 def refused(config: RunConfig) -> str:
     with pytest.raises(CheckpointError) as caught:
         train(config)

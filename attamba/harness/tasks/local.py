@@ -13,6 +13,7 @@ from typing import Any
 from datasets import Dataset
 from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer
 
+import attamba.harness  # noqa: F401 - `lm_eval` knows the model, once it has read such a task
 from attamba.data import DataError, read_documents
 
 __all__ = ["books", "process_results", "wikitext_articles", "wikitext_detokenizer"]

@@ -19,10 +19,8 @@ __all__ = [
     "Blocks",
     "CompressorWeights",
     "Held",
-    "add_norm",
     "attend_step",
     "compress_step",
-    "silu_mul",
 ]
 
 
@@ -77,23 +75,6 @@ def attend_step(
     from attamba.ops.chunk_decode.torch import attend_step_torch
 
     return attend_step_torch(q, k, v, held, lengths, ends, mask)
-
-
-def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + delta and RMSNorm(x + delta) * weight in one kernel; all of width d, weight [d].
-
-    For backend "triton" alone: elsewhere it saves nothing. No gradients.
-    """
-    from attamba.ops.chunk_decode.triton import add_norm
-
-    return add_norm(x, delta, weight, eps)
-
-
-def silu_mul(both: Tensor) -> Tensor:
-    """SiLU of the first half times the second, [..., 2f] -> [..., f]; see add_norm."""
-    from attamba.ops.chunk_decode.triton import silu_mul
-
-    return silu_mul(both)
 
 
 def _check(

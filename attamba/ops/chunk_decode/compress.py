@@ -1,4 +1,4 @@
-"""One token of the compressors: convolution, recurrence, gate and norm.
+"""One token of the compressors: convolution, recurrence and gate.
 
 Shapes: B rows, E inner width, S heads of width W = E/S, N state, C = 2(E+2N) channels of the
 convolution, r taps before the current one.
@@ -18,15 +18,13 @@ from attamba.ops.backends import choose
 class CompressorWeights(NamedTuple):
     """Parameters of the K and the V compressor, K first.
 
-    conv: [C, r+1]. A_log, dt_bias, D_skip: [2, S]. norm: [2, E], with norm_eps.
+    conv: [C, r+1]. A_log, dt_bias, D_skip: [2, S].
     """
 
     conv: Tensor
     A_log: Tensor
     dt_bias: Tensor
     D_skip: Tensor
-    norm: Tensor
-    norm_eps: float
 
 
 def compress_step(
@@ -42,7 +40,9 @@ def compress_step(
     """The Mamba-2 recurrence for one token (arXiv 2405.21060, section 7).
 
         x, B, C = SiLU(conv(x, B, C)),   dt = softplus(dt + dt_bias)
-        h = exp(-exp(A_log) dt) h + dt B x^T,   y = RMSNorm((C h + D_skip x) SiLU(z)) norm
+        h = exp(-exp(A_log) dt) h + dt B x^T,   y = (C h + D_skip x) SiLU(z)
+
+    The norm of y belongs to the product that follows, see ops.thin_linear.
 
     Args:
         projected: [B, 2E + C + 2S], the columns z | x | B | C | dt, each for K then V.
@@ -92,7 +92,6 @@ def _compress_step_torch(
     y = (now * C.view(batch, 2, 1, state, 1)).sum(3).view(batch, heads, width)
     y = torch.addcmul(y, weights.D_skip.float().view(heads, 1), x.view(batch, heads, width))
     y = (y.to(projected.dtype).view(batch, inner) * F.silu(z)).view(batch, 2, -1)
-    y = F.rms_norm(y, (inner // 2,), eps=weights.norm_eps) * weights.norm.to(y.dtype)
     h_new, conv_new = now.view(h.shape), inputs[:, 1:].to(conv.dtype, copy=True)
     if mask is not None:
         h_new = torch.where(mask[:, None, None, None], h_new, h)

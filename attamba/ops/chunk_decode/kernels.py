@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attamba.ops.thin_linear.kernels import wait_for_predecessor
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -100,12 +102,17 @@ def attend_step_kernel(
     ENDS: tl.constexpr,
     MASK: tl.constexpr,
     DOT: tl.constexpr,
+    SHARE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """One key/value head of one row, a share of the entries. The last program to finish adds the
-    new token and the entry that it pushes out, writes both, and reduces.
+    """One key/value head of one row, a share of the entries, SHARE or more. The last program to
+    finish adds the new token and the entry that it pushes out, writes both, and reduces.
 
-    Until then nothing of the cache changes, so no program sees half of a step.
+    Until then nothing of the cache changes, so no program sees half of a step. With MORE the
+    predecessor makes that alone, and queries are older: what is held is read beside it.
     """
+    if not MORE:
+        wait_for_predecessor(OVERLAP)
     bh = tl.program_id(0)
     split = tl.program_id(1)
     b = bh // G
@@ -123,8 +130,8 @@ def attend_step_kernel(
         slot = length % RING
         pushed = tl.where(takes & (length >= RING), slot, -1)
 
-    share = tl.cdiv(tl.cdiv(n, SPLITS), BN) * BN
-    n_splits = tl.maximum(tl.cdiv(n, tl.maximum(share, 1)), 1)
+    share = tl.maximum(tl.cdiv(tl.cdiv(n, SPLITS), BN) * BN, SHARE)
+    n_splits = tl.maximum(tl.cdiv(n, share), 1)
     if split < n_splits:
         begin = split * share
         end = tl.minimum(begin + share, n)
@@ -176,14 +183,18 @@ def attend_step_kernel(
             acc = acc * shrink[:, None] + added
             top = high
 
+        if MORE:
+            wait_for_predecessor(OVERLAP)
         # partial: [B*G, SPLITS, M, DP + 2]
         width: tl.constexpr = DP + 2
-        part = partial + (bh * SPLITS + split) * (M * width) + m * width
-        tl.store(part[:, None] + d[None, :], acc, mask=(m < M)[:, None])
-        tl.store(part + DP, top, mask=m < M)
-        tl.store(part + DP + 1, total, mask=m < M)
-        tl.debug_barrier()
-        before = tl.atomic_add(counter + bh, 1, sem="acq_rel")
+        before = n_splits - 1
+        if n_splits > 1:
+            part = partial + (bh * SPLITS + split) * (M * width) + m * width
+            tl.store(part[:, None] + d[None, :], acc, mask=(m < M)[:, None])
+            tl.store(part + DP, top, mask=m < M)
+            tl.store(part + DP + 1, total, mask=m < M)
+            tl.debug_barrier()
+            before = tl.atomic_add(counter + bh, 1, sem="acq_rel")
         if before == n_splits - 1:
             tl.store(counter + bh, 0)
             _finish(
@@ -201,6 +212,9 @@ def attend_step_kernel(
                 table,
                 partial + bh * SPLITS * M * width,
                 out + bh * M * D,
+                top,
+                total,
+                acc,
                 scale,
                 q_stride_h,
                 bh,
@@ -212,6 +226,7 @@ def attend_step_kernel(
                 n_splits,
                 RING,
                 M,
+                MP,
                 D,
                 DP,
                 SPLITS_P,
@@ -239,6 +254,9 @@ def _finish(
     table,
     partial,
     out,
+    top,
+    total,
+    acc,
     scale,
     q_stride_h,
     bh,
@@ -250,6 +268,7 @@ def _finish(
     n_splits,
     RING: tl.constexpr,
     M: tl.constexpr,
+    MP: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     SPLITS_P: tl.constexpr,
@@ -259,7 +278,8 @@ def _finish(
     MORE: tl.constexpr,
     ENDS: tl.constexpr,
 ):
-    """Move, write, reduce: pointers are those of one row and head."""
+    """Move, write, reduce: pointers are those of one row and head. top, total [MP], acc [MP, DP]:
+    what this program found, which is all where there is one."""
     d = tl.arange(0, DP)
     live = d < D
     new_k, partner = _summed(k, 1, more_k, 1, d, D // 2, MORE, live)
@@ -305,21 +325,35 @@ def _finish(
     for m in range(M):
         query = _turned(q + m * q_stride_h, 1, cos, sin, d, D // 2, ROTARY, live)
         query = query * (scale * LOG2E)
-        parts = partial + splits * (M * width) + m * width
-        tops = tl.load(parts + DP, mask=there, other=float("-inf"), cache_modifier=".cg")
-        totals = tl.load(parts + DP + 1, mask=there, other=0.0, cache_modifier=".cg")
-        accs = tl.load(
-            parts[:, None] + d[None, :], mask=there[:, None], other=0.0, cache_modifier=".cg"
-        )
+        this = tl.arange(0, MP) == m
+        high = tl.max(tl.where(this, top, float("-inf")), 0)
+        found = tl.sum(tl.where(this, total, 0.0), 0)
+        values = tl.sum(tl.where(this[:, None], acc, 0.0), 0)
+        if n_splits > 1:
+            parts = partial + splits * (M * width) + m * width
+            high, found, values = _reduced(parts, there, d, DP)
         score_new = tl.where(takes, tl.sum(query * new_k.to(tl.float32), 0), float("-inf"))
         score_old = tl.where(moves, tl.sum(query * old_k.to(tl.float32), 0), float("-inf"))
-        high = tl.maximum(tl.max(tops, 0), tl.maximum(score_new, score_old))
-        high = tl.where(high == float("-inf"), 0.0, high)
-        weights = tl.exp2(tops - high)
-        weight_new = tl.exp2(score_new - high)
-        weight_old = tl.exp2(score_old - high)
-        total = tl.sum(weights * totals, 0) + weight_new + weight_old
-        acc = tl.sum(weights[:, None] * accs, 0)
-        acc += weight_new * new_v.to(tl.float32) + weight_old * old_v.to(tl.float32)
-        result = acc / tl.where(total == 0.0, 1.0, total)
+        highest = tl.maximum(high, tl.maximum(score_new, score_old))
+        highest = tl.where(highest == float("-inf"), 0.0, highest)
+        weight = tl.exp2(high - highest)
+        weight_new = tl.exp2(score_new - highest)
+        weight_old = tl.exp2(score_old - highest)
+        found = weight * found + weight_new + weight_old
+        values = weight * values
+        values += weight_new * new_v.to(tl.float32) + weight_old * old_v.to(tl.float32)
+        result = values / tl.where(found == 0.0, 1.0, found)
         tl.store(out + m * D + d, result.to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _reduced(parts, there, d, DP: tl.constexpr):
+    """Maximum, total and sum [DP] of one query from those of all programs."""
+    tops = tl.load(parts + DP, mask=there, other=float("-inf"), cache_modifier=".cg")
+    totals = tl.load(parts + DP + 1, mask=there, other=0.0, cache_modifier=".cg")
+    accs = tl.load(
+        parts[:, None] + d[None, :], mask=there[:, None], other=0.0, cache_modifier=".cg"
+    )
+    high = tl.max(tops, 0)
+    weights = tl.exp2(tops - tl.where(high == float("-inf"), 0.0, high))
+    return high, tl.sum(weights * totals, 0), tl.sum(weights[:, None] * accs, 0)

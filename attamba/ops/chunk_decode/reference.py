@@ -119,9 +119,7 @@ def compress_step_reference(
                     C @ now + weights.D_skip.flatten()[head].float() * x
                 )
             z = row[part * inner : (part + 1) * inner]
-            gated = out * z * torch.sigmoid(z)
-            norm = torch.sqrt((gated**2).mean() + weights.norm_eps)
-            y[b, part] = (gated / norm * weights.norm[part].float()).to(y.dtype)
+            y[b, part] = (out * z * torch.sigmoid(z)).to(y.dtype)
         if mask is None or mask[b]:
             conv[b] = inputs[1:].to(conv.dtype)
     return y, h, conv

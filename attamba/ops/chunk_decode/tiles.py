@@ -13,13 +13,14 @@ import torch
 class StepTile:
     """splits: programs that share the entries of a row and head. entries: of one tile, a divisor
     of a page. queries: rows of the tensor cores' product, 1 for plain sums. warps, stages: of a
-    program."""
+    program. share: entries below which another program is not worth its reduction."""
 
     splits: int
     entries: int
     queries: int
     warps: int = 4
     stages: int = 1
+    share: int = 256
 
 
 PROGRAMS = 6

@@ -1,4 +1,4 @@
-"""The decode step in Triton: custom operators around the kernels here and in state.
+"""The decode step in Triton: custom operators around kernels.py and state/kernels.py.
 
 All can be captured in a CUDA graph: what changes from step to step (lengths, counts, addresses
 of pages) is read on the device. None has gradients.
@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attamba.ops.backends import overlaps
 from attamba.ops.chunk_decode import kernels
 from attamba.ops.chunk_decode.blocks import PAGE
 from attamba.ops.chunk_decode.compress import CompressorWeights
 from attamba.ops.chunk_decode.held import Held
-from attamba.ops.chunk_decode.state import kernels as state_kernels
+from attamba.ops.chunk_decode.state.kernels import compress_step_kernel
 from attamba.ops.chunk_decode.tiles import step_tile
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -87,6 +88,7 @@ def _attend_step(
     more_k, more_v = (k if t is None else _last_dense(t) for t in (more_k, more_v))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     tile = step_tile(batch * groups, per_group, width, dtype, q.device)
+    overlap = overlaps(q.device)
     padded = max(16, triton.next_power_of_2(width))
     partial = q.new_empty(batch * groups, tile.splits, per_group, padded + 2, dtype=torch.float32)
     rows = ends.stride(0) if ends is not None and ends.shape[0] > 1 else 0
@@ -136,8 +138,11 @@ def _attend_step(
         ENDS=ends is not None,
         MASK=mask is not None,
         DOT=tile.queries > 1,
+        SHARE=tile.share,
+        OVERLAP=overlap,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **({"launch_pdl": True} if overlap else {}),
     )
     return out
 
@@ -168,8 +173,6 @@ def _compress_step(
     A_log: Tensor,
     dt_bias: Tensor,
     D_skip: Tensor,
-    norm_weight: Tensor,
-    norm_eps: float,
     starts: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
@@ -180,7 +183,8 @@ def _compress_step(
     padded = triton.next_power_of_2(inner)
     # A tile of the state has at most 2**14 numbers; 32 of them to a thread.
     tile = min(triton.next_power_of_2(state), max(1, 2**14 // padded))
-    state_kernels.compress_step_kernel[(batch, 2)](
+    overlap = overlaps(projected.device)
+    compress_step_kernel[(batch, 2)](
         projected,
         h,
         conv,
@@ -188,11 +192,9 @@ def _compress_step(
         A_log,
         dt_bias,
         D_skip,
-        norm_weight,
         projected if starts is None else starts,
         projected if mask is None else mask,
         y,
-        norm_eps,
         projected.stride(0),
         0 if mask is None else mask.stride(0),
         E=inner,
@@ -204,7 +206,9 @@ def _compress_step(
         TAPS_P=triton.next_power_of_2(conv_weight.shape[1]),
         STARTS=starts is not None,
         MASK=mask is not None,
+        OVERLAP=overlap,
         num_warps=max(4, min(16, padded * tile // 1024)),
+        **({"launch_pdl": True} if overlap else {}),
     )
     return y
 
@@ -212,54 +216,6 @@ def _compress_step(
 @_compress_step.register_fake
 def _(projected, h, *_):
     return projected.new_empty(h.shape[0], 2, h.shape[1] // 2 * h.shape[3])
-
-
-@torch.library.custom_op("attamba::add_norm", mutates_args=())
-def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + delta and its RMSNorm, both like x: [..., d]."""
-    x, delta = _last_dense(x), _last_dense(delta)
-    width = x.shape[-1]
-    total, normed = x.new_empty(x.shape), x.new_empty(x.shape)
-    rows, delta_rows = x.view(-1, width), delta.view(-1, width)
-    padded = triton.next_power_of_2(width)
-    state_kernels.add_norm_kernel[(rows.shape[0],)](
-        rows,
-        delta_rows,
-        weight,
-        total,
-        normed,
-        eps,
-        rows.stride(0),
-        delta_rows.stride(0),
-        D=width,
-        DP=padded,
-        num_warps=max(1, min(16, padded // 256)),
-    )
-    return total, normed
-
-
-@add_norm.register_fake
-def _(x, delta, weight, eps):
-    return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-@torch.library.custom_op("attamba::silu_mul", mutates_args=())
-def silu_mul(both: Tensor) -> Tensor:
-    """SiLU of the first half times the second: [..., 2f] -> [..., f]."""
-    both = _last_dense(both)
-    width = both.shape[-1] // 2
-    out = both.new_empty(*both.shape[:-1], width)
-    rows = both.view(-1, 2 * width)
-    block = 512
-    state_kernels.silu_mul_kernel[(rows.shape[0], triton.cdiv(width, block))](
-        rows, out, rows.stride(0), D=width, BLOCK=block, num_warps=4
-    )
-    return out
-
-
-@silu_mul.register_fake
-def _(both):
-    return both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
 
 
 def _last_dense(t: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Kernels of a decode step beside its attention: recurrence, norms and gates."""
+"""The kernel of the compressors' recurrence in a decode step."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-__all__ = ["frequencies", "rotary_table", "rotate"]
+from attamba.ops.backends import choose
+
+__all__ = ["rotary_table", "rotate", "step_table"]
 
 
 def frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
@@ -30,6 +34,26 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor
 def _tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     shape = (*positions.shape, 1, head_dim // 2)
     return tuple(positions.new_empty(shape, dtype=torch.float32) for _ in range(2))  # type: ignore[return-value]
+
+
+def step_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """The same for a decode step, positions [B or 1, 1], which is made of small operations.
+
+    On a CPU an operator's entry takes as long as three of them; on a GPU it is one kernel.
+    """
+    frequency = _kept_frequencies(head_dim, theta, positions.device)
+    if choose("auto", positions.device) == "triton" and not torch.compiler.is_compiling():
+        from attamba.ops.rotary.kernels import step_table_triton
+
+        return step_table_triton(positions, frequency)
+    angle = positions[..., None, None] * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return frequencies(head_dim, theta, device)
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
