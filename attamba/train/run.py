@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,8 @@ from attamba.models import Decoder, build_model
 from attamba.train.checkpoint import restore, save_about, save_checkpoint
 from attamba.train.chunk_sizes import draw_size, set_chunk_size
 from attamba.train.distributed import Ranks
-from attamba.train.optim import build_optimizer, is_spread, local, lr_at
-from attamba.train.parallelize import parallelize, reduce_on_last, reshard
+from attamba.train.optim import build_optimizer, clip_gradients, local, lr_at
+from attamba.train.parallelize import parallelize, reduce_on_last, reshard, tensor_ranks
 from attamba.train.run_folder import check_same_data
 from attamba.train.sources import Rows, Sources
 from attamba.train.storage import list_checkpoints, remove_old
@@ -64,10 +65,11 @@ class Run:
             self.model.to(self.device)
         # A compiled module shares its parameters with the model, which is the one saved.
         self.forward = parallelize(self.model, ranks.mesh, config)
+        self.tensor_ranks = tensor_ranks(ranks.mesh)
         watchdog.follow(self.model)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.saver = None if ranks.alone else _open_saver(ranks, config)
-        self.rows = config.data.batch_size // ranks.size // config.train.accumulate
+        self.rows = config.data.batch_size // ranks.share[1] // config.train.accumulate
         self.step = self.tokens = 0
         self.seconds = 0.0
 
@@ -140,7 +142,7 @@ class Run:
             group["lr"] = lr
         self.optimizer.step()
         self.step += 1
-        self.tokens += batch.inputs.size * self.ranks.size
+        self.tokens += batch.inputs.size * self.ranks.share[1]
         self.seconds += time.perf_counter() - began
         return {"loss": loss, "lr": lr, "grad_norm": norm}
 
@@ -152,13 +154,15 @@ class Run:
 
         batch: this rank's rows.
         """
+        batch = self._own(batch)
         total = torch.zeros((), device=self.device)
         scored = self.ranks.count(batch.n_scored)
         parts = list(self._parts(batch))
         for number, part in enumerate(parts, 1):
             reduce_on_last(self.model, number == len(parts))
             loss = self._loss_sum(part) / scored
-            # Sharding averages gradients over ranks, and the mean is over the targets of all.
+            # Sharding averages gradients over ranks, and the mean is over the targets of all. Ranks
+            # that share layers count the same targets, each of them, and so cancel out.
             (loss * self.ranks.size).backward()
             total += loss.detach()
         return self.ranks.sum(total)
@@ -184,7 +188,7 @@ class Run:
         if not windows:
             return None
         assert self.sources.valid is not None
-        batch = _every_nth(self.sources.valid, windows, self.ranks.rank, self.ranks.size)
+        batch = self._own(_every_nth(self.sources.valid, windows, *self.ranks.share))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.model.eval()
         for part in self._parts(batch):
@@ -217,9 +221,19 @@ class Run:
             cache_enabled=self.ranks.alone,
         ):
             logits = self.forward(inputs, doc_ids=doc_ids if self.config.data.doc_mask else None)
-        return F.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=UNSCORED
-        )
+        logits, targets = logits.float().flatten(0, 1), targets.flatten()
+        if self.tensor_ranks is not None:
+            from attamba.train.tensor import cross_entropy_sum
+
+            return cross_entropy_sum(logits, targets, UNSCORED, self.tensor_ranks)
+        return F.cross_entropy(logits, targets, reduction="sum", ignore_index=UNSCORED)
+
+    def _own(self, batch: Batch) -> Batch:
+        """Targets of this rank's tokens alone, where several share the rows."""
+        ranks = self.model.row_ranks
+        if ranks is None:
+            return batch
+        return replace(batch, targets=batch.targets[:, ranks.span(batch.targets.shape[1])])
 
     def _parts(self, batch: Batch) -> Iterator[Batch]:
         for i in range(0, len(batch.inputs), self.rows):
@@ -229,8 +243,7 @@ class Run:
     def _clip(self) -> Tensor:
         """The gradient norm over all parameters, before clipping to optim.grad_clip."""
         limit = self.config.optim.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        return norm.full_tensor() if is_spread(norm) else norm  # type: ignore[attr-defined]
+        return clip_gradients(self.model.parameters(), limit)
 
 
 def _every_nth(rows: Rows, windows: list[int], rank: int, n: int) -> Batch:
