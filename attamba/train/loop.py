@@ -12,6 +12,7 @@ from attamba.config import ConfigError, RunConfig
 from attamba.train.distributed import Ranks, lock_for_all, open_ranks
 from attamba.train.interrupt import StopRequest, TrainingInterrupted, TrainingPreempted
 from attamba.train.metrics import MetricsLog, Record, Unwritten
+from attamba.train.observers import Observer, open_observers
 from attamba.train.progress import Silent, open_progress
 from attamba.train.run import Run, TrainingDiverged
 from attamba.train.run_folder import open_run_folder
@@ -85,7 +86,7 @@ def train(
                 ranks.on_each(lambda: _open_metrics(run)) as metrics,
                 StopRequest(should_stop, patient=not ranks.alone) as stop,
             ):
-                _Loop(run, tasks, metrics, progress, stop, on_log).go()
+                Loop(run, tasks, metrics, progress, stop, on_log).go()
     return TrainResult(run_dir, run.step, metrics.records, is_main=ranks.is_main)
 
 
@@ -109,7 +110,7 @@ def _sources_of_rank(
 def _open_metrics(run: Run) -> MetricsLog | Unwritten:
     if not run.ranks.is_main:
         return Unwritten()
-    return MetricsLog(Path(run.config.out), step=run.step, tensorboard=run.config.train.tensorboard)
+    return MetricsLog(Path(run.config.out), step=run.step, config=run.config)
 
 
 def _load_tasks(names: list[str], ranks: Ranks) -> Tasks | None:
@@ -126,7 +127,7 @@ def _load_tasks(names: list[str], ranks: Ranks) -> Tasks | None:
     return load_tasks(names)
 
 
-class _Loop:
+class Loop:
     """Steps until the end, with metrics, validation and checkpoints in between."""
 
     def __init__(
@@ -141,38 +142,59 @@ class _Loop:
         self.run, self.tasks, self.metrics, self.progress = run, tasks, metrics, progress
         self.stop, self.on_log = stop, on_log
         self.logged = (run.tokens, run.seconds)
+        self.observers: list[Observer] = open_observers(run, progress.say)
 
     def go(self) -> None:
-        try:
-            self._steps()
-        except (TrainingDiverged, TrainingInterrupted):
-            self.run.finish_saving()
-            raise
-        self.run.finish_saving()
-
-    def _steps(self) -> None:
-        run, every = self.run, self.run.config.train
-        self.progress.start(run.step, every.steps)
+        """All steps that are left. Raises what train does."""
+        run = self.run
+        self.progress.start(run.step, run.config.train.steps)
         run.model.train()
-        while run.step < every.steps:
-            values = run.take_step()
+        try:
+            while run.step < run.config.train.steps:
+                self.step()
+        except (TrainingDiverged, TrainingInterrupted):
+            run.finish_saving()
+            raise
+        finally:
+            for observer in self.observers:
+                observer.close(run)
+        run.finish_saving()
+
+    def step(self) -> None:
+        """One step, and what is due after it."""
+        run, every = self.run, self.run.config.train
+        run.take_step()
+        own = [record for observer in self.observers for record in observer.after_step(run)]
+        logs = self._due(every.log_every)
+        # A GPU is not waited for between records; a CPU is done already.
+        if logs or own or run.device.type == "cpu":
+            values = run.read()
             self.progress.step(run.step, values["loss"], self._rate())
-            if self._due(every.log_every):
-                self._log({"kind": "train", **values, "tokens_per_second": self._rate()})
-                self.logged = (run.tokens, run.seconds)
-            if self._due(every.eval_every):
-                self._validate()
-            if self.tasks is not None and self._due(run.config.eval.every):
-                self._log({"kind": "tasks", **run.score(self.tasks)})
-            stopping = self._stopping()
-            if self._due(every.save_every) or stopping:
-                self.metrics.sync()
-                run.save()
-            if stopping and run.step < every.steps:
-                raise (TrainingPreempted if stopping == 2 else TrainingInterrupted)(
-                    f"Stopped after step {run.step} of {every.steps} and saved a checkpoint; the "
-                    f"same command goes on from it (out={run.config.out})"
-                )
+        if logs:
+            for observer in self.observers:
+                values |= observer.figures(run)
+            self._log({"kind": "train", **values, "tokens_per_second": self._rate()})
+            self.logged = (run.tokens, run.seconds)
+        for record in own:
+            self._log(record)
+        self._evaluate()
+        stopping = self._stopping()
+        if self._due(every.save_every) or stopping:
+            self.metrics.sync()
+            run.save()
+        if stopping and run.step < every.steps:
+            raise (TrainingPreempted if stopping == 2 else TrainingInterrupted)(
+                f"Stopped after step {run.step} of {every.steps} and saved a checkpoint; the "
+                f"same command goes on from it (out={run.config.out})"
+            )
+
+    def _evaluate(self) -> None:
+        """Validate and score tasks, where that is due."""
+        run = self.run
+        if self._due(run.config.train.eval_every):
+            self._validate()
+        if self.tasks is not None and self._due(run.config.eval.every):
+            self._log({"kind": "tasks", **run.score(self.tasks)})
 
     def _stopping(self) -> int:
         """0: no. 1: Ctrl-C or should_stop. 2: preempted. If one rank stops, all do."""
