@@ -24,7 +24,15 @@ from attamba.config import RunConfig, to_dict
 from attamba.data.files import write_aside
 from attamba.train.sinks import Record, Sink, open_sinks
 
-__all__ = ["MetricsLog", "Record", "Unwritten", "append_line", "read_metrics"]
+__all__ = [
+    "MetricsLog",
+    "Record",
+    "Unwritten",
+    "append_line",
+    "read_metrics",
+    "records_up_to",
+    "rewrite",
+]
 
 
 def read_metrics(path: str | Path) -> list[Record]:
@@ -106,9 +114,8 @@ class JsonLines:
     """The file of records, cut to those up to `step`."""
 
     def __init__(self, path: Path, step: int) -> None:
-        written = read_metrics(path) if step and path.exists() else []
-        self.records = [record for record in written if record["step"] <= step]
-        write_aside(path, "".join(map(_line, self.records)).encode())
+        self.records = records_up_to(path, step)
+        rewrite(path, self.records)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close
 
     def write(self, record: Record) -> None:
@@ -147,6 +154,17 @@ class Unwritten:
         trace: TracebackType | None,
     ) -> None:
         """Nothing."""
+
+
+def records_up_to(path: Path, step: int) -> list[Record]:
+    """The records of a file up to this step; none at step 0, and where there is no file."""
+    written = read_metrics(path) if step and path.exists() else []
+    return [record for record in written if record["step"] <= step]
+
+
+def rewrite(path: Path, records: list[Record]) -> None:
+    """Put these records into a file, in the place of what it holds."""
+    write_aside(path, "".join(map(_line, records)).encode())
 
 
 def append_line(path: Path, record: Record) -> None:

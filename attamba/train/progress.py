@@ -43,7 +43,7 @@ class Lines(Silent):
     def record(self, record: Record) -> None:
         head = f"step {record['step']}/{self._steps}"
         if record["kind"] in ("valid", "tasks"):
-            self.say(f"{head}  {_scores(record)}")
+            self.say(f"{head}  {scores(record)}")
         if record["kind"] != "train":
             return
         rate = record["tokens_per_second"]
@@ -78,7 +78,7 @@ class Bar(Silent):
 
     def record(self, record: Record) -> None:
         if record["kind"] in ("valid", "tasks"):
-            self.say(f"step {record['step']}  {_scores(record)}")
+            self.say(f"step {record['step']}  {scores(record)}")
 
     def say(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False)
@@ -122,7 +122,7 @@ def _skipped(record: Record) -> str:
     return f"{record['skipped']} skipped  " if record["skipped"] else ""
 
 
-def _scores(record: Record) -> str:
+def scores(record: Record) -> str:
     """A record of validation or of tasks."""
     if record["kind"] == "tasks":
         figures = {key: value for key, value in record.items() if "/" in key}

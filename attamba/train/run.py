@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attamba.config import RunConfig
 from attamba.data import UNSCORED, Batch
 from attamba.models import Decoder, build_model
+from attamba.train import losses
 from attamba.train.checkpoint import restore, save_about, save_checkpoint
 from attamba.train.chunk_sizes import draw_size, set_chunk_size
 from attamba.train.distributed import Ranks
@@ -70,7 +69,7 @@ class Run:
         self.forward = parallelize(self.model, ranks.mesh, config)
         watchdog.follow(self.model)
         self.optimizer = build_optimizer(self.model, config.optim)
-        self.nats = torch.compile(nats) if config.train.compile else nats
+        self.nats = torch.compile(losses.nats) if config.train.compile else losses.nats
         self.guard = Guard(config.spikes, self.device)
         self.phases = Phases(self.device)
         self.saver = None if ranks.alone else _open_saver(ranks, config)
@@ -190,7 +189,7 @@ class Run:
         """
         total = torch.zeros((), device=self.device)
         scored = self.ranks.count(batch.n_scored)
-        parts = list(self._parts(batch))
+        parts = list(losses.parts(batch, self.rows))
         for number, part in enumerate(parts, 1):
             reduce_on_last(self.model, number == len(parts))
             with self.phases("forward"):
@@ -227,7 +226,7 @@ class Run:
         batch = _every_nth(self.sources.valid, windows, self.ranks.rank, self.ranks.size)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.model.eval()
-        for part in self._parts(batch):
+        for part in losses.parts(batch, self.rows):
             self.watchdog.beat(f"validation after step {self.step}")
             total += self._loss_sum(part)
         self.model.train()
@@ -245,44 +244,19 @@ class Run:
 
     def _loss_sum(self, batch: Batch) -> Tensor:
         """Summed cross entropy in nats, in float32 whatever the model computes in."""
-        return self.nats(self.logits(batch, self.forward), self._sent(batch.targets))
+        return self.nats(self.logits(batch, self.forward), losses.sent(batch.targets, self.device))
 
     def logits(self, batch: Batch, forward: Forward) -> Tensor:
         """What `forward`, the model or a compiled one, says of the rows; [rows, T, V]."""
-        doc_ids = self._sent(batch.doc_ids) if self.config.data.doc_mask else None
         # Gathered parameters come and go: their casts must not stay behind in autocast's cache.
-        with torch.autocast(
-            self.device.type,
-            dtype=torch.bfloat16,
-            enabled=self.config.train.dtype == "bfloat16",
-            cache_enabled=self.ranks.alone,
-        ):
-            return forward(self._sent(batch.inputs), doc_ids=doc_ids)
-
-    def _sent(self, array: np.ndarray) -> Tensor:
-        """On the device. From pinned memory, or the host would wait until the device is idle."""
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
-
-    def _parts(self, batch: Batch) -> Iterator[Batch]:
-        for i in range(0, len(batch.inputs), self.rows):
-            part = slice(i, i + self.rows)
-            yield Batch(batch.inputs[part], batch.targets[part], batch.doc_ids[part])
+        alone = self.ranks.alone
+        return losses.logits(forward, batch, self.config, self.device, keep_casts=alone)
 
     def _clip(self) -> Tensor:
         """The gradient norm over all parameters, before clipping to optim.grad_clip."""
         limit = self.config.optim.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         return norm.full_tensor() if is_spread(norm) else norm  # type: ignore[attr-defined]
-
-
-def nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross entropy, float32, of logits [B, T, V]; UNSCORED targets [B, T] are left out."""
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=UNSCORED
-    )
 
 
 def _every_nth(rows: Rows, windows: list[int], rank: int, n: int) -> Batch:

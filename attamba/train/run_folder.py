@@ -87,6 +87,38 @@ def lock(run_dir: Path) -> Iterator[None]:
         yield
 
 
+STATUS = "status.json"
+
+
+@contextmanager
+def told_status(run_dir: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep <run_dir>/status.json while entered: {"state": ...}, for those who look from outside.
+
+    training (also where the process was killed), then done, diverged, stopped (the same command
+    goes on) or failed.
+    """
+    from attamba.train.interrupt import TrainingInterrupted
+    from attamba.train.run import TrainingDiverged
+
+    def tell(state: str) -> None:
+        if ranks.is_main:
+            write_json(run_dir / STATUS, {"state": state})
+
+    tell("training")
+    try:
+        yield
+    except TrainingDiverged:
+        tell("diverged")
+        raise
+    except TrainingInterrupted:
+        tell("stopped")
+        raise
+    except BaseException:
+        tell("failed")
+        raise
+    tell("done")
+
+
 def open_run_folder(
     run_dir: Path,
     config: RunConfig,
