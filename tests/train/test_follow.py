@@ -44,6 +44,7 @@ def test_a_checkpoint_gets_the_scores_that_training_gives_it(make_config, tmp_pa
     for kind, steps in (("valid", [4, 8, 12]), ("tasks", [8, 12])):
         assert list(of(found, kind)) == steps
         for step, record in of(found, kind).items():
+            record = dict(record)
             assert record.pop("checkpoint") == f"step-{step:08d}"
             want = of(wanted, kind)[step]
             record.pop("seconds")
