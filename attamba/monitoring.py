@@ -67,7 +67,7 @@ class SpikesConfig:
             raise ConfigError(
                 f"spikes.threshold={self.threshold} must be above 0; leave it out to keep all"
             )
-        at_least(self.window, 2, "spikes.window")
+        at_least(self.window, 3, "spikes.window")
         for name in ("max_in_a_row", "max_skipped"):
             at_least(getattr(self, name), 1, f"spikes.{name}")
 
