@@ -134,6 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     _delegated(benches, "decode", "attamba.bench.decode", "a decoding step, at many lengths")
     _delegated(benches, "kernels", "attamba.bench.kernels", "the operators alone, on a GPU")
     _delegated(benches, "tune", "attamba.bench.tune", "tile sizes of the attention kernels")
+    _delegated(benches, "loop", "attamba.bench.loop", "training as it is, against a bare step")
     _delegated(benches, "train", "attamba.bench.train", "a training step, at many lengths")
     _delegated(benches, "hf", "attamba.bench.hf", "transformers' generate() against our own")
     study = commands.add_parser("study", help="experiments: run, report, solve")

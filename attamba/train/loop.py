@@ -69,6 +69,21 @@ def train(
     of spikes, none of which changed a weight; TrainingInterrupted (a KeyboardInterrupt) after
     Ctrl-C or should_stop, its subclass TrainingPreempted after SIGTERM or SIGUSR1.
     """
+    with open_loop(config, resume=resume, on_log=on_log, should_stop=should_stop) as loop:
+        loop.go()
+    run = loop.run
+    return TrainResult(Path(config.out), run.step, loop.metrics.records, is_main=run.ranks.is_main)
+
+
+@contextmanager
+def open_loop(
+    config: RunConfig,
+    *,
+    resume: bool = True,
+    on_log: OnLog | None = None,
+    should_stop: ShouldStop | None = None,
+) -> Iterator[Loop]:
+    """All that training needs, in the folder config.out, ready for the next step; see train."""
     config.validate()
     run_dir = Path(config.out)
     with open_ranks(config) as ranks:
@@ -92,8 +107,7 @@ def train(
                 StopRequest(should_stop, patient=not ranks.alone) as stop,
             ):
                 observers = [*open_observers(run, progress.say), beside]
-                Loop(run, tasks, metrics, progress, stop, on_log, observers).go()
-    return TrainResult(run_dir, run.step, metrics.records, is_main=ranks.is_main)
+                yield Loop(run, tasks, metrics, progress, stop, on_log, observers)
 
 
 def _sources_of_rank(
@@ -175,12 +189,12 @@ class Loop:
         self.stop, self.on_log = stop, on_log
         self.logged = (run.tokens, run.seconds)
         self.observers = observers
+        run.model.train()
 
     def go(self) -> None:
         """All steps that are left. Raises what train does."""
         run = self.run
         self.progress.start(run.step, run.config.train.steps)
-        run.model.train()
         try:
             while run.step < run.config.train.steps:
                 self.step()
