@@ -46,7 +46,7 @@ def bare_step(config: RunConfig, batch: Batch, device: torch.device) -> Callable
 def write_text(folder: str, config: RunConfig) -> str:
     """A prepared folder of random bytes, in documents of a quarter of a row and four rows."""
     draw, length = random.Random(0), config.data.seq_len
-    least = 2 * length * config.data.batch_size
+    least = 8 * length * config.data.batch_size
     source, written = Path(folder) / "text", 0
     source.mkdir()
     while written < least:

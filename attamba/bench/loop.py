@@ -187,8 +187,8 @@ def tables(record: dict[str, Any]) -> list[common.Table]:
             + [f"{row[f'{phase}_share']:.1%}" for phase in PHASES]
         )
         against.append(
-            [name, f"{row['loop_ms']:.2f} ms", f"{row['bare_ms']:.2f} ms"]
-            + [f"{row['overhead']:+.1%}", f"{row['overhead_median']:+.1%}"]
+            [name, *(f"{row[f'{step}_ms']:.2f} ms" for step in ("loop", "bare"))]
+            + [f"{row[figure]:+.1%}" for figure in ("overhead", "overhead_median")]
         )
     speed = ["run", "parameters", "tokens/s", "MFU", "peak memory", *PHASES]
     loop = ["run", "loop's step", "bare step", "overhead", "of the median turn"]
