@@ -58,12 +58,13 @@ class LayerStatistics(Observer):
     def after_step(self, run: Run) -> list[Record]:
         if not self._figures:
             return []
-        found = {
-            name: {module: _number(value) for module, value in figures.items()}
-            for name, figures in self._figures.items()
-        }
+        keys = [(name, module) for name, of in self._figures.items() for module in of]
+        values = torch.stack([self._figures[name][module].float() for name, module in keys])
+        record: Record = {"kind": "layers"}
+        for (name, module), value in zip(keys, values.tolist()):
+            record.setdefault(name, {})[module] = value if math.isfinite(value) else None
         self._figures = {}
-        return [{"kind": "layers", **found}]
+        return [record]
 
     @torch.no_grad()
     def _before_update(self, optimizer: Any, *_: Any) -> None:
@@ -206,8 +207,3 @@ def _masks(seen: AttentionInputs, doc_ids: Tensor | None, chosen: Tensor) -> tup
 def _entropy(logs: Tensor) -> Tensor:
     """Of distributions over the last dimension, in nats, from logarithms."""
     return -(logs.exp() * logs.nan_to_num(neginf=0.0)).sum(-1)
-
-
-def _number(value: Tensor) -> float | None:
-    number = float(value)
-    return number if math.isfinite(number) else None

@@ -64,20 +64,24 @@ class Speed(Observer):
     def __init__(self, run: Run) -> None:
         self._counter = FlopCounter(run.config)
         self._peak = peak_flops(run.config, run.device)
-        self._flops = 0.0
+        self._flops, self._counted = 0.0, 0
         self._since = (run.tokens, run.seconds)
 
     def after_step(self, run: Run) -> list[Record]:
         if self._peak is not None:
             assert run.batch is not None
             self._flops += self._counter.of(run.batch, run.chunk_size)
+            self._counted += run.batch.inputs.size
         return []
 
     def figures(self, run: Run) -> Record:
         tokens, seconds = run.tokens - self._since[0], run.seconds - self._since[1]
-        mfu = None if self._peak is None else self._flops / seconds / self._peak
-        spent = run.phases.take()
-        self._since, self._flops = (run.tokens, run.seconds), 0.0
+        mfu, spent = None, run.phases.take()
+        if self._peak is not None:
+            # Counted are the rows of one rank, which stand for those of all.
+            of_all = self._flops * tokens / self._counted
+            mfu = of_all / seconds / (self._peak * run.ranks.size)
+        self._since, self._flops, self._counted = (run.tokens, run.seconds), 0.0, 0
         return {
             "tokens_per_second_per_device": tokens / seconds / run.ranks.size,
             "mfu": mfu,
