@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from attamba.config import ConfigError, RunConfig, from_dict
+from attamba.mixers import at_least
 from attamba.models import Decoder
 from attamba.train import losses
 from attamba.train.checkpoint import load, read_state
@@ -66,12 +67,13 @@ def follow(
         it, another process that follows the run is waited for.
     say: told of every result.
 
-    Raises ConfigError for a folder that is not there or that another process follows, and for
-    a device or tasks that cannot be used.
+    Raises ConfigError for a folder that is not there or that another process follows, and for a
+    device or a batch_size that cannot be used.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir} is not a folder; give the folder of a run, its `out`")
+    at_least(batch_size, 1, "--batch-size")
     follower = _Follower(run_dir, resolve_device(device, "--device"), batch_size, say)
     with _alone(run_dir, wait=no_more is not None):
         since = time.monotonic()

@@ -48,6 +48,8 @@ class Profiler(Observer):
         if self._profile is not None:
             self._profile.__exit__(None, None, None)
             self._profile = None
+            if run.device.type == "cuda":
+                torch.cuda.memory._record_memory_history(enabled=None)
         if self._on and run.step < self._end:
             self._say(
                 f"No profile: it takes steps {self._begin + 1} to {self._end}, and training ended "

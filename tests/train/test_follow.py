@@ -125,6 +125,8 @@ def test_a_second_follower_and_a_missing_folder_are_refused(make_config, tmp_pat
         pytest.raises(ConfigError, match="another process scores its checkpoints already"),
     ):
         follow(tmp_path, device="cpu")
+    with pytest.raises(ConfigError, match="--batch-size=0 must be at least 1"):
+        follow(tmp_path, device="cpu", batch_size=0)
 
 
 def test_mode_process_scores_beside_training_and_draws_the_results(make_config, capfd):

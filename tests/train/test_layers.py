@@ -156,6 +156,15 @@ def test_a_step_that_is_left_out_updates_nothing(make_config, monkeypatch):
     assert set(record["grad_norm"].values()) == {None}
 
 
+def test_more_queries_give_other_means(make_config):
+    few, many = (
+        of(train(make_config(LAYERS | {"train.steps": 4, "metrics.layers_queries": n}, out=str(n))))
+        for n in (1, 64)
+    )
+    assert few[4]["attention_entropy"] != many[4]["attention_entropy"]
+    assert few[4]["activation_rms"] == many[4]["activation_rms"]
+
+
 def test_mixers_without_attention_have_no_entropy(make_config):
     hybrid = [{"type": "transformer", "n_heads": 2}, {"type": "mamba2"}]
     record = of(train(make_config(LAYERS | {"model.mixer": hybrid, "train.steps": 4})))[4]
