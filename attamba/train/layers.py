@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from attamba.data import Batch
 from attamba.modules.mixer import AttentionInputs, TimeMixer
 from attamba.train.observers import Observer
-from attamba.train.optim import is_spread
+from attamba.train.optim import total_norm
 from attamba.train.parallelize import reshard
 from attamba.train.sinks import Record
 
@@ -44,7 +44,8 @@ class LayerStatistics(Observer):
     Activations and attention are those of the first row of each rank, in a forward pass of its own
     that is not compiled; attention those of metrics.layers_queries queries of it, as a mean over
     queries and heads, past_entropy over queries that see earlier chunks. All are means over ranks,
-    activation_absmax the largest. In such a step each rank holds its weights twice.
+    activation_absmax the largest. Attention is not looked at where ranks share the tokens of a row
+    (parallel.context). In such a step each rank holds its weights twice.
     """
 
     def __init__(self, run: Run) -> None:
@@ -81,7 +82,8 @@ class LayerStatistics(Observer):
         modules = by_module(self._run.model)
         before = dict(zip(self._run.model.parameters(), self._before))
         self._figures["update_ratio"] = {
-            name: norm(p.detach() - before[p] for p in own) / norm(before[p] for p in own)
+            name: total_norm(p.detach() - before[p] for p in own)
+            / total_norm(before[p] for p in own)
             for name, own in modules.items()
         }
         self._before = []
@@ -92,16 +94,18 @@ class LayerStatistics(Observer):
         scale = ((self._run.pending[1] + 1e-6) / limit).clamp(min=1) if limit else 1.0
         modules = by_module(self._run.model).items()
         return {
-            name: scale * norm(p.grad for p in own if p.grad is not None) for name, own in modules
+            name: scale * total_norm(p.grad for p in own if p.grad is not None)
+            for name, own in modules
         }
 
     def _of_forward(self) -> Figures:
         """What a forward pass over the first row shows, over all ranks."""
         run, figures = self._run, defaultdict[str, dict[str, Tensor]](dict)
+        shared = run.config.parallel.context > 1  # a rank has not all keys of its row
         assert run.batch is not None
         row = Batch(run.batch.inputs[:1], run.batch.targets[:1], run.batch.doc_ids[:1])
         with (
-            _watched(run.model, figures, self._queries),
+            _watched(run.model, figures, 0 if shared else self._queries),
             run.drawn_chunks(),
             torch.compiler.set_stance("force_eager"),  # hooks within a compiled layer are not heard
         ):
@@ -125,15 +129,12 @@ def by_module(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return modules
 
 
-def norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Of all elements together, on every rank that of the whole tensors."""
-    found = torch.nn.utils.get_total_norm(list(tensors))
-    return found.full_tensor() if is_spread(found) else found  # type: ignore[attr-defined]
-
-
 @contextmanager
 def _watched(model: nn.Module, figures: Figures, queries: int) -> Iterator[None]:
-    """Layers note what they put out, and what their attention sees; RMS as the mean square."""
+    """Layers note what they put out, RMS as the mean square, and what their attention sees.
+
+    queries: whose attention is looked at; 0 for none.
+    """
     with ExitStack() as hooks:
         for name, layer in model.get_submodule("layers").named_children():
             module = f"layers.{name}"
@@ -154,7 +155,8 @@ def _watched(model: nn.Module, figures: Figures, queries: int) -> Iterator[None]
             mixer = layer.get_submodule("mixer")
             assert isinstance(mixer, TimeMixer)
             hooks.enter_context(layer.register_forward_hook(note))
-            hooks.enter_context(mixer.register_forward_pre_hook(look))
+            if queries:
+                hooks.enter_context(mixer.register_forward_pre_hook(look))
         yield
 
 

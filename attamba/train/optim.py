@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -80,6 +80,28 @@ def is_spread(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor; another tensor itself."""
     return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The norm of all elements together; of DTensors that of the whole tensors, on every rank.
+
+    DTensors lie on all ranks together, which call this at once, whatever their placements.
+    """
+    tensors = list(tensors)
+    parts = [local(tensor).float() for tensor in tensors]
+    squares = torch.stack(torch._foreach_norm(parts)).square()
+    if not any(map(is_spread, tensors)):
+        return squares.sum().sqrt()
+    copies = torch.tensor([_copies(tensor) for tensor in tensors], device=squares.device)
+    total = (squares / copies).sum()
+    torch.distributed.all_reduce(total)
+    return total.sqrt()
+
+
+def _copies(tensor: Any) -> int:
+    """Ranks that hold the same part of a DTensor."""
+    sizes = zip(tensor.device_mesh.shape, tensor.placements)
+    return math.prod(size for size, placement in sizes if placement.is_replicate())
 
 
 def placed_as(like: Tensor, whole: Tensor) -> Tensor:
