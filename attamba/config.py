@@ -216,7 +216,7 @@ class TrainConfig:
 class ParallelConfig:
     """How the ranks that torchrun starts share the work, and what each keeps in memory.
 
-    The product of replicate, shard, tensor and context is the number of ranks.
+    The product of replicate, shard, context and tensor is the number of ranks.
     """
 
     replicate: int = 1
@@ -224,9 +224,9 @@ class ParallelConfig:
     shard: int = -1
     """Ranks that share the parameters, gradients and optimizer of a copy; -1: all that are left."""
     tensor: int = 1
-    """Ranks that share the heads of a layer; not built yet, so 1."""
+    """Ranks that share the heads and inner widths of a layer; see docs/scaling-out.md."""
     context: int = 1
-    """Ranks that share the tokens of a row; not built yet, so 1."""
+    """Ranks that share the tokens of a row: each has data.seq_len / context of them."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes anew: nothing, all of a layer but its matrix products, or
     whole layers."""
@@ -242,12 +242,6 @@ class ParallelConfig:
             _at_least(getattr(self, name), 1, f"parallel.{name}")
         if self.shard != -1:
             _at_least(self.shard, 1, "parallel.shard", "; -1 means all ranks that are left")
-        for name in ("tensor", "context"):
-            if getattr(self, name) > 1:
-                raise ConfigError(
-                    f"parallel.{name}={getattr(self, name)}: sharing a layer or a row between "
-                    f"ranks is not built yet; set parallel.{name}=1 and use shard and replicate"
-                )
         if not self.hang_timeout > 0:
             raise ConfigError(f"parallel.hang_timeout={self.hang_timeout} must be above 0")
 

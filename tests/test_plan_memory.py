@@ -253,13 +253,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 import attamba
 from attamba.config import RunConfig, from_dict
+from attamba.train.distributed import DIMENSIONS
 from attamba.train.optim import build_optimizer
 from attamba.train.parallelize import parallelize, reduce_on_last
 
 config = from_dict(RunConfig, json.loads(sys.argv[1]))
 sizes = config.parallel.replicate, config.parallel.shard
 dist.init_process_group("fake", rank=0, world_size=sizes[0] * sizes[1], store=FakeStore())
-mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard"))
+mesh = init_device_mesh("cpu", (*sizes, 1, 1), mesh_dim_names=DIMENSIONS)
 model = attamba.build_model(config.model)
 forward = parallelize(model, mesh, config)
 optimizer = build_optimizer(model, config.optim)

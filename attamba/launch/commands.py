@@ -78,9 +78,10 @@ def run(args: argparse.Namespace) -> int:
     """`attamba launch CONFIG [key=value ...]`."""
     _check(args)
     from attamba.config import load_run_config
+    from attamba.train.distributed import check_ranks
 
     config = load_run_config(args.config, args.overrides)
-    _check_ranks(config, args.nodes * args.gpus)
+    check_ranks(config, args.nodes * args.gpus)  # before a job waits in a queue
     train = [args.config, *args.overrides]
     if args.local:
         from attamba.launch.job import run_here, torchrun
@@ -128,19 +129,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--time={args.time} is no limit; give minutes, HH:MM:SS or D-HH:MM:SS")
     if args.mem is not None and not MEM.fullmatch(args.mem):
         raise ConfigError(f"--mem={args.mem} is no size; give a number and K, M, G or T: 512G")
-
-
-def _check_ranks(config: RunConfig, ranks: int) -> None:
-    """What every rank would find wrong, found before a job waits in a queue."""
-    from attamba.train.distributed import mesh_sizes
-
-    mesh_sizes(config.parallel, ranks)
-    parts = ranks * config.train.accumulate
-    if config.data.batch_size % parts:
-        raise ConfigError(
-            f"data.batch_size={config.data.batch_size} cannot be divided among {ranks} ranks in "
-            f"train.accumulate={config.train.accumulate} parts each; make it a multiple of {parts}"
-        )
 
 
 def _need(package: str, extra: str) -> None:

@@ -15,7 +15,8 @@ from attamba.models.registry import build_mixer
 from attamba.modules.cache import DecodeCache, LayerCache
 from attamba.modules.layers import RMSNorm, SwiGLU, linear, trunc_normal_
 from attamba.ops.chunk_decode import add_norm, silu_mul
-from attamba.ops.chunking import Span, make_span
+from attamba.ops.chunking import Span, make_span, part_of
+from attamba.ops.row_ranks import RowRanks
 
 
 class Block(nn.Module):
@@ -48,6 +49,8 @@ class Decoder(nn.Module):
         self.head = linear(config.dim, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
+        self.row_ranks: RowRanks | None = None
+        """Where several ranks share the tokens of a row: those ranks."""
         self.register_buffer("draw", torch.zeros((), dtype=torch.long), persistent=False)
         self.draw: Tensor
 
@@ -76,15 +79,15 @@ class Decoder(nn.Module):
             inputs_embeds: [B, T, d] instead of ids.
             return_hidden: return the final norm's output [B, T, d]; `head` maps it to logits.
 
-        Returns [B, T, V]. On padding the values mean nothing. Raises ValueError for shapes that
-        disagree, ids out of range, padding on the right, ends that reach past the cache.
+        Returns [B, T, V], of this rank's tokens where several share the rows. On padding the
+        values mean nothing. Raises ValueError for shapes that disagree, ids out of range, padding
+        on the right, ends that reach past the cache.
         """
         if (ids is None) == (inputs_embeds is None):
             raise ValueError("pass either ids or inputs_embeds")
         if ids is not None:
             self._check_ids(ids)
-        x = self.embed(ids) if ids is not None else inputs_embeds
-        assert x is not None
+        x = self.embed(self._own(ids)) if ids is not None else self._own(inputs_embeds)
         if cache is not None and len(cache.layers) != self.config.n_layers:
             raise ValueError(
                 f"the cache has {len(cache.layers)} layers, the model {self.config.n_layers}; "
@@ -97,7 +100,7 @@ class Decoder(nn.Module):
         if x.shape[1] == 0 and cache is not None:
             raise ValueError(f"ids has shape {list(x.shape[:2])}; a cached call needs a token")
         span = self._span(x, ids, doc_ids, attention_mask, cache)
-        given = self._given(ends, x, cache)
+        given = self._given(ends, span.rows.positions.shape[1], x.shape[0], cache)
         if cache is not None:
             cache.before(x.shape[1])
         # A hook on a layer wants to see whole layers.
@@ -160,6 +163,10 @@ class Decoder(nn.Module):
         cache: DecodeCache | None,
     ) -> Span:
         batch, seq = x.shape[:2]
+        if self.row_ranks is not None:
+            seq *= self.row_ranks.size
+            if cache is not None or mask is not None:
+                raise ValueError("ranks that share rows take neither a cache nor attention_mask")
         for name, tensor in (("doc_ids", doc_ids), ("attention_mask", mask)):
             if tensor is not None and tuple(tensor.shape) != (batch, seq):
                 raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {[batch, seq]}")
@@ -179,11 +186,26 @@ class Decoder(nn.Module):
                 )
         offsets = None if cache is None else cache.lengths
         draw = self.draw if self.training else None
-        return make_span(
+        span = make_span(
             seq, x.device, tokens=ids, doc_ids=doc_ids, mask=mask, offsets=offsets, draw=draw
         )
+        return span if self.row_ranks is None else part_of(span, self.row_ranks)
 
-    def _given(self, ends: Tensor | None, x: Tensor, cache: DecodeCache | None) -> Tensor | None:
+    def _own(self, rows: Tensor | None) -> Tensor:
+        """This rank's tokens of whole rows, [B, T, ...]."""
+        assert rows is not None
+        if self.row_ranks is None:
+            return rows
+        if rows.shape[1] % self.row_ranks.size:
+            raise ValueError(
+                f"rows of {rows.shape[1]} tokens cannot be divided among {self.row_ranks.size} "
+                f"ranks (parallel.context); make it a multiple"
+            )
+        return self.row_ranks.own(rows)
+
+    def _given(
+        self, ends: Tensor | None, seq: int, batch: int, cache: DecodeCache | None
+    ) -> Tensor | None:
         """Ends for each layer, [n, B or 1, G or 1, T]."""
         if ends is None:
             return None
@@ -191,7 +213,6 @@ class Decoder(nn.Module):
             raise ValueError(
                 "ends was passed, but no layer has boundary='given'; set mixer.boundary=given"
             )
-        batch, seq = x.shape[:2]
         n = self.config.n_layers
         if ends.dtype != torch.bool:
             raise ValueError(f"ends must be boolean, not {ends.dtype}; use ends.bool()")

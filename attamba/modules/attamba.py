@@ -21,7 +21,6 @@ from attamba.modules.layers import Rotary, linear, product, rotate
 from attamba.modules.mixer import AttentionInputs, TimeMixer
 from attamba.modules.pooling import GatedPooling, MeanPooling
 from attamba.modules.strided import StridedCompressors
-from attamba.ops import chunk_attention
 from attamba.ops.chunking import (
     FIRST_SCORES,
     Span,
@@ -32,6 +31,7 @@ from attamba.ops.chunking import (
     row_starts,
 )
 from attamba.ops.first_scores import last_key_scores
+from attamba.ops.shared_rows import shared_attention, with_open_chunk
 
 
 class ChunkAttention(TimeMixer):
@@ -50,6 +50,8 @@ class ChunkAttention(TimeMixer):
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads or config.n_heads
         self.head_dim = config.head_dim or dim // config.n_heads
+        self.own_heads = self.own_columns = slice(None)
+        """The key/value heads that are computed here, and their part of a token's G * D numbers."""
         self.lead, self.backend = config.leading_tokens, config.backend
         self.scope, self.resets = config.ssm_scope, config.ssm_scope != "sequence"
         self.boundary = make_boundary(
@@ -78,8 +80,11 @@ class ChunkAttention(TimeMixer):
     ) -> Tensor:
         """x: [B, T, d] -> [B, T, d]. given: bool [B or 1, G or 1, T] for boundary "given"."""
         if given is not None:
-            normalize_ends(given, x.shape[0], self.n_kv_heads, x.shape[1])
-        ends, carry = self.boundary(span, None if cache is None else cache.carry, given)
+            heads, seq = self.boundary.n_kv_heads, span.rows.positions.shape[1]
+            normalize_ends(given, x.shape[0], heads, seq)
+        ends, carry = self.boundary(span.rows, None if cache is None else cache.carry, given)
+        if ends.shape[1] > 1:
+            ends = ends[:, self.own_heads]
         if cache is not None and x.shape[1] == 1:
             y = self._step(x, ends, span, cache)
             cache.keep(carry)
@@ -88,7 +93,7 @@ class ChunkAttention(TimeMixer):
         if self.boundary.by_scores and self.boundary.layer_idx == 0:
             span.memo[FIRST_SCORES] = last_key_scores(q, k, row_starts(span, x.shape[0]))
         if cache is None:
-            y = chunk_attention(q, k, v, ends, self.lead, span.doc_ids, backend=self.backend)
+            y = shared_attention(q, k, v, ends, span, self.lead, self.backend)
         else:
             assert cache.kv is not None
             cache.keep(carry)
@@ -162,27 +167,32 @@ class ChunkAttention(TimeMixer):
         """Before positions, [B, T, G * D]."""
         state = None if cache is None else cache.state
         starts = self._starts(ends, span, cache)
-        if isinstance(self.compressors, MeanPooling):
-            return self._direct(self.compressors(x, starts, span, state))
         longest = self.boundary.longest if self.resets else None
-        k, v = self.compressors(x, starts, span, state, longest)
+        u = x
+        if self.resets:
+            u, starts, span = with_open_chunk(x, starts, span, longest)
+        own = slice(u.shape[1] - x.shape[1], None)
+        if isinstance(self.compressors, MeanPooling):
+            return self._direct(self.compressors(u, starts, span, state)[:, own])
+        k, v = self.compressors(u, starts, span, state, longest)
         k_direct, v_direct = self._direct(x)
-        return k_direct + k, v_direct + v
+        return k_direct + k[:, own], v_direct + v[:, own]
 
     def _direct(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """r_k(u) and r_v(u), the path around the compressors."""
         if self.wkv is None:
+            u = u[..., self.own_columns]
             return u, u
         k, v = self.wkv(u).chunk(2, -1)
         return k, v
 
     def _starts(self, ends: Tensor, span: Span, cache: LayerCache | None) -> Tensor:
-        """Where the compressors' state starts afresh, bool [B or 1, T]."""
+        """Where the compressors' state starts afresh, bool [B or 1, T]; by chunk in whole rows."""
         if not self.resets:
             return span.positions == 0
         self._check_shared(ends)
         held = None if cache is None else cache.kv
-        return chunk_starts(ends, span, None if held is None else held.last_end)
+        return chunk_starts(ends, span.rows, None if held is None else held.last_end)
 
     def _check_shared(self, ends: Tensor) -> None:
         if ends.shape[1] != 1:

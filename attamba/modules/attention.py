@@ -13,8 +13,8 @@ from attamba.modules.cache import LayerCache
 from attamba.modules.kv_cache import KVCache, attend_token
 from attamba.modules.layers import Rotary, linear, rotate
 from attamba.modules.mixer import AttentionInputs, TimeMixer
-from attamba.ops import chunk_attention
 from attamba.ops.chunking import Span
+from attamba.ops.shared_rows import shared_attention
 
 
 class Attention(TimeMixer):
@@ -47,7 +47,7 @@ class Attention(TimeMixer):
             return self.wo(attend_token(q, k, v, None, rotary, span, kv))
         q, k = rotate(q, rotary), rotate(k, rotary)
         if kv is None:
-            y = chunk_attention(q, k, v, None, self.lead, span.doc_ids, backend=self.backend)
+            y = shared_attention(q, k, v, None, span, self.lead, self.backend)
         else:
             y = kv.attend(q, k, v, None, span, self.lead)
         return self.wo(y.flatten(2))

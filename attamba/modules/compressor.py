@@ -24,7 +24,13 @@ from attamba.modules.layers import linear, trunc_normal_
 from attamba.ops import compress
 from attamba.ops.chunk_decode import CompressorWeights, compress_step
 from attamba.ops.chunking import Span
-from attamba.ops.compress.stages import gate_and_norm, scan_convolved, split_projection
+from attamba.ops.compress.stages import (
+    causal_conv,
+    gate_and_norm,
+    scan_convolved,
+    split_projection,
+)
+from attamba.ops.shared_rows import padded
 
 
 class Compressors(nn.Module):
@@ -44,6 +50,8 @@ class Compressors(nn.Module):
         super().__init__()
         self.ssm_dim, self.state_dim, self.n_heads = ssm_dim, state_dim, n_heads
         self.conv_width, self.norm_eps, self.backend = conv_width, norm_eps, backend
+        self.all_heads = True
+        """Are all heads here, so that one operator can compute and norm them?"""
         # rows of W_in, each for K then V:  z | x | B | C | dt
         self.widths = [2 * ssm_dim, 2 * (ssm_dim + 2 * state_dim), 2 * n_heads]
         self.in_proj = linear(dim, sum(self.widths))
@@ -75,7 +83,7 @@ class Compressors(nn.Module):
         """
         proj = self.in_proj(u)
         A = -self.A_log.float().exp()
-        if state is None:
+        if state is None and self.all_heads and span.ranks is None:
             y_k, y_v = compress(
                 proj,
                 self.conv_weight,
@@ -92,17 +100,25 @@ class Compressors(nn.Module):
             # The norm's gain goes into the smaller factor of the last product.
             w_k, w_v = (self.out_proj * self.norm_weight[:, None]).unbind(0)
             return F.linear(y_k, w_k), F.linear(y_v, w_v)
-        assert isinstance(state, ScanState)
-        y = self._go_on(proj, A, starts, span, state)
+        assert state is None or isinstance(state, ScanState)
+        return self.finish(*self._scan(proj, A, starts, span, state))
+
+    def finish(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """From the scan's y and the gate z, [B, T, 2E] each, to the outputs."""
+        y = gate_and_norm(y, z, self.norm_eps)
         y_k, y_v = (y * self.norm_weight.flatten().to(y.dtype)).chunk(2, -1)
         return F.linear(y_k, self.out_proj[0]), F.linear(y_v, self.out_proj[1])
 
-    def _go_on(
-        self, proj: Tensor, A: Tensor, starts: Tensor, span: Span, state: ScanState
-    ) -> Tensor:
-        """Gated and normed outputs [B, T, 2E] of tokens that follow a state; updates it."""
+    def _scan(
+        self, proj: Tensor, A: Tensor, starts: Tensor, span: Span, state: ScanState | None
+    ) -> tuple[Tensor, Tensor]:
+        """y and z, [B, T, 2E] each, of tokens that follow a state, or other ranks'; updates it."""
         z, xbc, dt = split_projection(proj, self.state_dim, self.n_heads)
-        xbc = convolve(xbc, self.conv_weight, starts, span, state)
+        if state is None:
+            inputs = padded(xbc, span, self.conv_width - 1)
+            xbc = causal_conv(inputs, self.conv_weight, starts)
+        else:
+            xbc = convolve(xbc, self.conv_weight, starts, span, state)
         y, h = scan_convolved(
             xbc,
             dt,
@@ -112,11 +128,13 @@ class Compressors(nn.Module):
             starts,
             self.state_dim,
             span.mask,
-            state.h,
+            None if state is None else state.h,
             self.backend,
+            span.ranks,
         )
-        state.update(h=h)
-        return gate_and_norm(y, z, self.norm_eps)
+        if state is not None:
+            state.update(h=h)
+        return y, z
 
     def step(
         self, projected: Tensor, starts: Tensor | None, span: Span, state: ScanState

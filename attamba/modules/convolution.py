@@ -6,12 +6,12 @@ Shapes: B batch, T tokens.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attamba.modules.cache import ScanState
 from attamba.ops.chunking import Span
 from attamba.ops.compress.stages import causal_conv, segments
+from attamba.ops.shared_rows import padded
 
 
 class CausalConv(nn.Module):
@@ -30,7 +30,7 @@ class CausalConv(nn.Module):
     def forward(self, x: Tensor, starts: Tensor, span: Span, state: ScanState | None) -> Tensor:
         """x: [B, T, channels], starts: bool [B or 1, T] -> [B, T, channels]."""
         if state is None:
-            inputs = F.pad(x, (0, 0, self.weight.shape[1] - 1, 0))
+            inputs = padded(x, span, self.weight.shape[1] - 1)
             out = causal_conv(inputs, self.weight, starts)
         else:
             out = convolve(x, self.weight, starts, span, state)

@@ -23,8 +23,8 @@ from attamba.modules.cache import LayerCache, ScanState
 from attamba.modules.convolution import CausalConv
 from attamba.modules.layers import RMSNorm, linear
 from attamba.modules.mixer import TimeMixer
-from attamba.ops import chunk_scan
 from attamba.ops.chunking import Span
+from attamba.ops.shared_rows import carry_scan
 
 STEP_SIZES = (1e-3, 1e-1)
 """Between them softplus(dt_bias) is drawn, its logarithm uniformly."""
@@ -71,17 +71,17 @@ class Mamba2(TimeMixer):
         dt = F.softplus(dt.float() + self.dt_bias.float())
         if span.mask is not None:
             dt = dt * span.mask[..., None]  # no step: neither decay nor update
-        y, h = chunk_scan(
+        y, h = carry_scan(
             x.unflatten(-1, (self.n_heads, -1)),
             dt,
             -self.A_log.float().exp(),
-            B,
-            C,
+            B[:, :, None],
+            C[:, :, None],
             starts,
-            D=self.D_skip,
-            initial_state=None if state is None else state.h,
-            return_final_state=True,
-            backend=self.backend,
+            self.D_skip,
+            None if state is None else state.h,
+            self.backend,
+            span.ranks,
         )
         if state is not None:
             state.update(h=h)

@@ -126,9 +126,12 @@ class GatedPooling(nn.Module):
         return self._normed(num / den.clamp(min=torch.finfo(torch.float32).tiny), u.dtype)
 
     def _normed(self, pooled: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        pooled = F.rms_norm(pooled.unflatten(-1, (2, -1)), (self.out_dim,), eps=self.norm_eps)
+        pooled = self.norm(pooled.unflatten(-1, (2, -1)))
         k, v = (pooled * self.norm_weight.float()).to(dtype).unbind(-2)
         return k, v
+
+    def norm(self, pooled: Tensor) -> Tensor:
+        return F.rms_norm(pooled, (self.out_dim,), eps=self.norm_eps)
 
     def new_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> GatedState:
         top, num, den = (torch.zeros(batch, 2 * self.out_dim, device=device) for _ in range(3))

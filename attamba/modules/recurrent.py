@@ -25,8 +25,8 @@ from attamba.modules.cache import LayerCache, ScanState
 from attamba.modules.convolution import CausalConv
 from attamba.modules.layers import linear, trunc_normal_
 from attamba.modules.mixer import TimeMixer
-from attamba.ops import linear_scan
 from attamba.ops.chunking import Span
+from attamba.ops.shared_rows import carry_linear_scan
 
 POWER = 8.0
 """c of the RG-LRU: its decay is sigmoid(Lambda)^(c r)."""
@@ -55,7 +55,7 @@ class Recurrence(TimeMixer):
             real = span.mask[..., None]
             a, b = torch.where(real, a, 1.0), torch.where(real, b, 0.0)
         before = None if state is None else state.h
-        h, last = linear_scan(a, b, starts, before, True, self.backend)
+        h, last = carry_linear_scan(a, b, starts, before, self.backend, span.ranks)
         if state is not None:
             state.update(h=last)
         return h

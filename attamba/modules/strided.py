@@ -53,13 +53,13 @@ class StridedCompressors(Compressors):
         place = (count[..., 0].long() - 1).clamp(0, longest - 1)
         z, xbc, dt = split_projection(self.in_proj(u), self.state_dim, self.n_heads)
         at_place = place[..., None] == torch.arange(longest, device=u.device)
-        y = self._scan(xbc, dt, at_place, span, state)
+        y = self._scan_places(xbc, dt, at_place, span, state)
         y = (y * F.silu(z)).unflatten(-1, (2, -1))
         y = F.rms_norm(y, y.shape[-1:], eps=self.norm_eps) * self.norm_weight.to(y.dtype)
         k, v = torch.einsum("btce,cfe->btcf", y, self.out_proj.to(y.dtype)).unbind(2)
         return k, v
 
-    def _scan(
+    def _scan_places(
         self, xbc: Tensor, dt: Tensor, place: Tensor, span: Span, state: StridedState | None
     ) -> Tensor:
         """From the input projection's columns and places, bool [B, T, R], to y [B, T, 2E]."""

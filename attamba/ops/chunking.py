@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from attamba.ops.first_scores import highest
+from attamba.ops.row_ranks import RowRanks
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Span:
     offsets:   int64 [B], tokens of each row that came before this call, or None for none.
     draw:      int64 scalar that varies the random policies in training, or None to evaluate.
     memo:      what layers derive from positions alone and share.
+    ranks:     those that share the tokens of the rows, of which this is one rank's part, or None.
+    whole:     the span of the whole rows, where ranks share them.
     """
 
     positions: Tensor
@@ -45,6 +48,13 @@ class Span:
     offsets: Tensor | None = None
     draw: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
+    ranks: RowRanks | None = None
+    whole: Span | None = None
+
+    @property
+    def rows(self) -> Span:
+        """The span of the whole rows."""
+        return self if self.whole is None else self.whole
 
     @property
     def n_new(self) -> Tensor | int:
@@ -81,6 +91,14 @@ def make_span(
     if mask is not None:
         positions = positions.masked_fill(~mask, -1)
     return Span(positions, tokens, doc_ids, mask, offsets, draw)
+
+
+def part_of(whole: Span, ranks: RowRanks) -> Span:
+    """This rank's part of a span that has neither padding nor a cache."""
+    assert whole.mask is None and whole.offsets is None
+    tokens, doc_ids = (None if t is None else ranks.own(t) for t in (whole.tokens, whole.doc_ids))
+    positions = ranks.own(whole.positions)
+    return Span(positions, tokens, doc_ids, draw=whole.draw, ranks=ranks, whole=whole)
 
 
 def document_starts(doc_ids: Tensor) -> Tensor:

@@ -102,8 +102,8 @@ def compressor_keeps(mixer: AttambaMixer, d: int, c: int, tensor: int = 1) -> Ke
         gated                4 * 20 G D + 16                   all in float32
         mean                 4 (2 (d + 1) + 2)                 sum and count, float32
 
-    One kernel takes chunks of up to 64 tokens in 16 bits; float32, longer chunks and states that
-    run through go in steps.
+    One kernel takes chunks of up to 64 tokens in 16 bits; float32, longer chunks, states that run
+    through and heads on several ranks go in steps.
     """
     GD = kv_width(mixer, d) / tensor
     if mixer.compressor == "mean":
@@ -114,7 +114,7 @@ def compressor_keeps(mixer: AttambaMixer, d: int, c: int, tensor: int = 1) -> Ke
     S, k, X = mixer.ssm_heads / tensor, mixer.conv_width, 2 * E + 4 * N
     projected = c * (4 * E + 4 * N + 2 * S)
     kept = projected + c * 2 * E + 8 + 1
-    if not _one_kernel(mixer, c):
+    if tensor > 1 or not _one_kernel(mixer, c):
         kept += c * (k + 2) * X + 2 * 8 * S + 2 * c * 2 * E + FLOAT32 * 2 * E + (k - 1)
     return Kept(kept, projected + c * 2 * GD)
 

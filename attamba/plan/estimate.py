@@ -30,6 +30,8 @@ class Plan:
     """Of a rank in a step: the model's own, forward and backward."""
     flops_anew: float
     """Of a rank in a step: computed once more for activation checkpointing."""
+    slowest: float
+    """FLOPs of the rank that has most of them, over the mean: the one with the end of the rows."""
     cache: float | None
     """Bytes of a decode cache, where its tokens were asked for."""
 
@@ -42,8 +44,8 @@ class Plan:
         return sum(self.traffic.values())
 
     def seconds(self, tflops: float, mfu: float) -> float:
-        """Of a step, at `mfu` of a rank's `tflops` in model FLOPs."""
-        return self.flops / (tflops * 1e12 * mfu)
+        """Of a step, at `mfu` of a rank's `tflops` in model FLOPs; all wait for the slowest."""
+        return self.flops * self.slowest / (tflops * 1e12 * mfu)
 
 
 def make_plan(config: RunConfig, layout: Layout, decode_tokens: int | None = None) -> Plan:
@@ -65,6 +67,7 @@ def make_plan(config: RunConfig, layout: Layout, decode_tokens: int | None = Non
         traffic=traffic(config, layout, sizes),
         flops=done,
         flops_anew=anew,
+        slowest=slowest(config, layout),
         cache=cache,
     )
 
@@ -72,9 +75,9 @@ def make_plan(config: RunConfig, layout: Layout, decode_tokens: int | None = Non
 def step_flops(config: RunConfig, layout: Layout) -> tuple[float, float]:
     """FLOPs of a rank in a step, and those of them that are done anew, by accounting.flops.
 
-    The model's own are three forward passes over the step's tokens, divided evenly: the causal
-    mask's early and late parts of a row are balanced. full repeats all of a layer's forward pass,
-    selective all of it but products and attention.
+    The model's own are three forward passes over the step's tokens; the mean of all ranks: see
+    slowest. full repeats all of a layer's forward pass, selective all of it but products and
+    attention.
     """
     forward = flops(countable(config.model), config.data.seq_len)
     head = 2.0 * config.model.vocab_size * config.model.dim
@@ -82,6 +85,20 @@ def step_flops(config: RunConfig, layout: Layout) -> tuple[float, float]:
     tokens = config.data.batch_size * config.data.seq_len / layout.ranks
     kind = config.parallel.activation_checkpointing
     return TRAINING * forward.total * tokens, again[kind] * tokens
+
+
+def slowest(config: RunConfig, layout: Layout) -> float:
+    """FLOPs of the rank that has most, over the mean of all.
+
+    Ranks that share rows have equal spans of them, and the last one's tokens see most.
+    """
+    model, seq_len = countable(config.model), config.data.seq_len
+    mean, width = flops(model, seq_len), config.data.seq_len // layout.context
+    if layout.context == 1:
+        return 1.0
+    before = seq_len - width
+    seen = mean.attention * seq_len - flops(model, before).attention * before
+    return (mean.total - mean.attention + seen / width) / mean.total
 
 
 def beside(config: RunConfig) -> RunConfig:

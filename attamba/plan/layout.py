@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attamba.config import ConfigError, RunConfig
-from attamba.mixers import attends
+from attamba.models.parts import check_parts
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def make_layout(
             f"context={context} make {others * shard} ranks, not --ranks={ranks}; set "
             f"parallel.shard=-1 and --ranks to a multiple of {others}"
         )
-    _check_parts(config, tensor, context)
+    check_parts(config.model, config.data.seq_len, context=context, tensor=tensor)
     parts = parallel.replicate * shard * config.train.accumulate
     if config.data.batch_size % parts:
         raise ConfigError(
@@ -93,17 +93,3 @@ def make_layout(
         passes=config.train.accumulate,
         seq_len=config.data.seq_len,
     )
-
-
-def _check_parts(config: RunConfig, tensor: int, context: int) -> None:
-    if config.data.seq_len % context:
-        raise ConfigError(
-            f"context={context} does not divide data.seq_len={config.data.seq_len} tokens"
-        )
-    for mixer in config.model.layer_mixers():
-        heads = (mixer.n_kv_heads or mixer.n_heads) if attends(mixer) else tensor
-        if heads % tensor:
-            raise ConfigError(
-                f"tensor={tensor} does not divide the {heads} key/value heads of a layer; "
-                f"give each rank whole heads"
-            )

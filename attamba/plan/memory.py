@@ -7,7 +7,6 @@ elsewhere, and a smaller one: the fused AdamW works in place.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,7 +16,8 @@ from attamba.config import AttambaMixer, RunConfig, TransformerMixer
 from attamba.mixers import attends
 from attamba.models import build_model
 from attamba.models.accounting import cache_bytes, countable
-from attamba.models.mixer_costs import head_dim, kv_width, mixer_costs
+from attamba.models.mixer_costs import head_dim, kv_width
+from attamba.models.splits import Placement, placements, splits
 from attamba.plan.activations import FLOAT32, layer_keeps
 from attamba.plan.layout import Layout
 from attamba.plan.policies import entries_of_others
@@ -43,25 +43,31 @@ class Parameters:
 def parameters(config: RunConfig, layout: Layout) -> list[Parameters]:
     """Of each layer, and last of embedding, final norm and head.
 
-    FSDP2 cuts a tensor along its first dimension, in equal parts but the last ones: the first rank
-    holds ceil(rows / holders) rows. Tensor parallelism divides matrices, and leaves vectors whole.
+    Where each lies is what training uses: models.splits. Tensor parallelism divides matrices and
+    leaves vectors whole; FSDP2 cuts what is left along one dimension, of which the first rank has
+    most.
     """
     with torch.device("meta"):
         model = build_model(config.model)
-    rest = [p for name, p in model.named_parameters() if not name.startswith("layers.")]
-    groups = [list(layer.parameters()) for layer in model.layers] + [rest]
-    return [_sizes([tuple(p.shape) for p in group], layout) for group in groups]
+    places = placements(model, splits(model), layout.tensor, layout.holders)
+    groups: list[list[tuple[torch.nn.Parameter, Placement]]] = [
+        [] for _ in range(len(model.layers))
+    ]
+    groups.append([])
+    for name, parameter in model.named_parameters():
+        first, _, rest = name.partition(".")
+        group = int(rest.partition(".")[0]) if first == "layers" else -1
+        groups[group].append((parameter, places[name]))
+    return [_sizes(group) for group in groups]
 
 
-def _sizes(shapes: list[tuple[int, ...]], layout: Layout) -> Parameters:
-    sharded = whole = matrices = 0
-    for first, *others in shapes:
-        width = math.prod(others)
-        part = -(-first // layout.tensor) if others else first
-        sharded += -(-part // layout.holders) * width
-        whole += part * width
-        matrices += part * width if others else 0
-    return Parameters(sharded, whole, matrices, len(shapes))
+def _sizes(group: list[tuple[torch.nn.Parameter, Placement]]) -> Parameters:
+    return Parameters(
+        sharded=sum(placed.held for _, placed in group),
+        whole=sum(placed.whole for _, placed in group),
+        matrices=sum(placed.whole for parameter, placed in group if parameter.ndim > 1),
+        tensors=len(group),
+    )
 
 
 def states(config: RunConfig, layout: Layout, sizes: list[Parameters]) -> dict[str, float]:
@@ -122,8 +128,8 @@ def activations(config: RunConfig, layout: Layout) -> dict[str, float]:
 
     and on top, whichever is more: 12 V per token of logits (their float32 copy's log-softmax, its
     gradient and the gradient of the logits are there at once), or, with checkpointing, what one
-    layer keeps. With context parallelism a layer's keys and values from other ranks are held one
-    layer at a time, with their gradients: see others_keys.
+    layer keeps. With context parallelism keys and values from other ranks are held besides: see
+    others_keys.
     """
     model, kind = config.model, config.parallel.activation_checkpointing
     c = product_bytes(config)
@@ -146,23 +152,19 @@ def activations(config: RunConfig, layout: Layout) -> dict[str, float]:
 
 
 def others_keys(config: RunConfig, layout: Layout) -> float:
-    """Keys and values of other ranks' tokens at one layer, and their gradients.
+    """Keys and values of other ranks' tokens: of all layers, or one where they are computed anew.
 
-    Attamba gathers chunk ends and a window: all of them are held. Ring attention passes blocks of
-    T/context tokens around: two are held, the one at work and the next.
+    And their gradients, one layer at a time. On the last rank, which uses those of all others.
     """
     if layout.context == 1:
         return 0.0
-    c, most = product_bytes(config), 0.0
+    c, held = product_bytes(config), [0.0]
     for i, mixer in enumerate(config.model.layer_mixers()):
-        if not attends(mixer):
-            continue
-        others = entries_of_others(config.model, i, layout)
-        if isinstance(mixer, TransformerMixer) and mixer.window is None:
-            others = 2 * layout.seq_len / layout.context
-        entry = 2 * kv_width(mixer, config.model.dim) / layout.tensor * c
-        most = max(most, 2 * entry * others * layout.rows)
-    return most
+        if attends(mixer):
+            entry = 2 * kv_width(mixer, config.model.dim) / layout.tensor * c
+            held.append(entry * entries_of_others(config.model, i, layout) * layout.rows)
+    kept = sum(held) if config.parallel.activation_checkpointing == "none" else max(held)
+    return kept + max(held)
 
 
 def decode_cache(config: RunConfig, layout: Layout, tokens: int, rows: int = 1) -> float:
@@ -171,12 +173,6 @@ def decode_cache(config: RunConfig, layout: Layout, tokens: int, rows: int = 1) 
     Keys and values by accounting.cache_bytes; the compressors' states are divided as well.
     """
     return cache_bytes(countable(config.model), tokens, BFLOAT16, rows) / layout.tensor
-
-
-def state_bytes(config: RunConfig, mixer_idx: int) -> int:
-    """Bytes of one row's state of compressors or recurrence at one layer."""
-    mixer = config.model.layer_mixers()[mixer_idx]
-    return mixer_costs(mixer, config.model.dim).state_bytes(product_bytes(config))
 
 
 def gather_bytes(config: RunConfig) -> int:

@@ -9,6 +9,7 @@ import json
 from attamba.config import AttambaMixer, ModelConfig, from_dict, to_dict
 from attamba.mixers import Mixer, TransformerMixer
 from attamba.models.accounting import countable, layer_ends
+from attamba.ops.chunking import make_boundary
 from attamba.plan.layout import Layout
 
 HEAD_WIDTH = 64
@@ -46,11 +47,11 @@ def entries_of_others(config: ModelConfig, layer_idx: int, layout: Layout) -> fl
     """Keys that a rank needs from the ranks before it, of one row and head, at one layer.
 
         attamba               min(L, T - T/ranks) of the window, and the chunk ends of the others
-        transformer           T - T/ranks: ring attention brings all of them by
+        transformer           T - T/ranks
         sliding window        min(window - 1, T - T/ranks)
 
-    The chunk ends of all ranks are gathered at once, so each receives the same, the last as much
-    as the first.
+    Chunk ends, or all keys, are gathered at once, so each rank receives the same, the last as much
+    as the first, and as many of each as the rank sends that has most.
     """
     if layout.context == 1:
         return 0.0
@@ -62,16 +63,31 @@ def entries_of_others(config: ModelConfig, layer_idx: int, layout: Layout) -> fl
         return 0.0
     if mixer.leading_tokens is None:
         return others
-    ends = _n_ends(_key(config), layer_idx, layout.seq_len)
-    return min(mixer.leading_tokens, others) + ends * (layout.context - 1) / layout.context
+    ends = _most_ends(_key(config), layer_idx, layout.seq_len, layout.context)
+    return min(mixer.leading_tokens, others) + ends * (layout.context - 1)
+
+
+def longest_open(config: ModelConfig, layer_idx: int) -> int:
+    """Tokens of earlier ranks that may belong to a rank's first chunk; the mean if unbounded."""
+    mixer = countable(config).layer_mixers()[layer_idx]
+    assert isinstance(mixer, AttambaMixer)
+    boundary = make_boundary(
+        mixer.boundary,
+        chunk_size=mixer.chunk_size,
+        layer_idx=layer_idx,
+        n_layers=config.n_layers,
+        n_kv_heads=mixer.n_kv_heads or mixer.n_heads,
+        sink=mixer.sink,
+    )
+    return (boundary.longest or mixer.chunk_size) - 1
 
 
 @functools.lru_cache(maxsize=1024)
-def _n_ends(key: str, layer_idx: int, seq_len: int) -> float:
-    """Chunk ends of one layer in a row, a head's mean."""
+def _most_ends(key: str, layer_idx: int, seq_len: int, ranks: int) -> int:
+    """Chunk ends of one layer among the tokens of the rank and head that have most."""
     config = countable(from_dict(ModelConfig, json.loads(key)))
     ends = layer_ends(config, layer_idx, seq_len)
-    return ends.sum().item() / ends.shape[0]
+    return int(ends.unflatten(-1, (ranks, -1)).sum(-1).max())
 
 
 def _key(config: ModelConfig) -> str:

@@ -56,6 +56,8 @@ def _rows(
     rows.append(["a rank's step", "", ""])
     rows.append(["  model FLOPs", *(f"{p.flops / 1e12:,.2f} T" for p in plans)])
     rows.append(["  FLOPs done anew", *(f"{p.flops_anew / 1e12:,.2f} T" for p in plans)])
+    if layout.context > 1:
+        rows.append(["  of the last rank, over it", *(f"{p.slowest:.2f}" for p in plans)])
     label = f"  seconds at {speed.mfu:.0%} of {speed.tflops:g} TFLOPS"
     seconds = [p.seconds(speed.tflops, speed.mfu) for p in plans]
     rows.append([label, *(f"{s:,.3f}" for s in seconds)])
@@ -81,9 +83,7 @@ def _part(title: str, figures: list[dict[str, float]]) -> list[list[str]]:
 def _notes(config: RunConfig, layout: Layout) -> list[str]:
     notes = ["What is counted and what is not: docs/scaling.md."]
     if layout.tensor > 1 or layout.context > 1:
-        notes.append("Tensor and context parallelism are a plan: no code executes them yet.")
-    if layout.context > 1:
-        notes.append("Full attention passes a row's keys and values around (ring attention).")
+        notes.append("Ranks that share layers or rows: docs/scaling-out.md.")
     if any(getattr(mixer, "ssm_scope", "") == "strided" for mixer in config.model.layer_mixers()):
         notes.append("ssm_scope=strided, which is for studies, keeps more activations than that.")
     if told(config.model):

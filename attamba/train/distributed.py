@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from attamba.config import ConfigError, ParallelConfig, RunConfig
+from attamba.models.parts import check_parts
 from attamba.train.run_folder import lock
 from attamba.train.runtime import resolve_device
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
+
+DIMENSIONS = ("replicate", "shard", "context", "tensor")
+"""Of the mesh. Neighbours in the last ones talk most, and are on one machine."""
 
 GRACE = 120.0
 """Seconds by which a collective may outlast hang_timeout: the watchdog comes first, and names."""
@@ -40,11 +44,22 @@ class Ranks:
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
-    """Dimensions "replicate" and "shard"; None for a process alone."""
+    """Dimensions "replicate", "shard", "context" and "tensor"; None for a process alone."""
 
     @property
     def alone(self) -> bool:
         return self.size == 1
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(i, n): this rank's are the i-th of n equal parts of a batch's rows.
+
+        Ranks along "context" and "tensor" work on the same rows.
+        """
+        if self.mesh is None:
+            return 0, 1
+        together = self.mesh["context"].size() * self.mesh["tensor"].size()
+        return self.rank // together, self.size // together
 
     @property
     def is_main(self) -> bool:
@@ -139,8 +154,7 @@ def open_ranks(config: RunConfig) -> Iterator[Ranks]:
     train.device names one device for all.
     """
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
-    sizes = mesh_sizes(config.parallel, size)
-    _check_batch(config, size)
+    sizes = check_ranks(config, size)
     if size == 1:
         yield Ranks(resolve_device(config.train.device, "train.device"))
         return
@@ -153,7 +167,7 @@ def open_ranks(config: RunConfig) -> Iterator[Ranks]:
             opened.callback(dist.destroy_process_group)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=DIMENSIONS)
         ranks = Ranks(device, dist.get_rank(), size, mesh)
         assert ranks.control is not None  # made here, where all ranks pass at once
         yield ranks
@@ -179,27 +193,41 @@ def _open_group(device: torch.device, timeout: timedelta) -> None:
     )
 
 
-def mesh_sizes(config: ParallelConfig, size: int) -> tuple[int, int]:
-    """(replicate, shard) for `size` ranks. Raises ConfigError where they do not fit."""
+def check_ranks(config: RunConfig, size: int) -> tuple[int, int, int, int]:
+    """Sizes of the mesh for `size` ranks. Raises ConfigError where they cannot share the run."""
+    replicate, shard, context, tensor = sizes = mesh_sizes(config.parallel, size)
+    _check_batch(config, replicate * shard)
+    check_parts(config.model, config.data.seq_len, context=context, tensor=tensor)
+    return sizes
+
+
+def mesh_sizes(config: ParallelConfig, size: int) -> tuple[int, int, int, int]:
+    """Of DIMENSIONS, for `size` ranks. Raises ConfigError where they do not fit."""
+    others = config.replicate * config.context * config.tensor
     shard = config.shard
     if shard == -1:
-        shard = max(1, size // config.replicate)
-    asked = config.replicate * shard
+        shard = max(1, size // others)
+    asked = others * shard
     if asked != size:
         start = f"torchrun --nproc-per-node {asked} --no-python attamba train ..."
+        named = [name for name in DIMENSIONS[2:] if getattr(config, name) > 1]
+        keys = ["replicate", "shard", *named]
+        told = ", ".join(f"parallel.{name}={getattr(config, name)}" for name in keys)
+        divisor = f"a product of {' and '.join(['parallel.replicate', *named])}"
         raise ConfigError(
-            f"parallel.replicate={config.replicate}, parallel.shard={config.shard} ask for {asked} "
+            f"{told} ask for {asked} "
             f"ranks, and there {'is 1' if size == 1 else f'are {size}'}; start it with `{start}`, "
-            f"or set parallel.shard=-1 and a parallel.replicate that divides their number"
+            f"or set parallel.shard=-1 and {divisor if named else 'a parallel.replicate'} "
+            f"that divides their number"
         )
-    return config.replicate, shard
+    return config.replicate, shard, config.context, config.tensor
 
 
-def _check_batch(config: RunConfig, size: int) -> None:
-    parts = size * config.train.accumulate
+def _check_batch(config: RunConfig, shares: int) -> None:
+    parts = shares * config.train.accumulate
     if config.data.batch_size % parts:
         raise ConfigError(
-            f"data.batch_size={config.data.batch_size} cannot be divided among {size} ranks in "
+            f"data.batch_size={config.data.batch_size} cannot be divided among {shares} ranks in "
             f"train.accumulate={config.train.accumulate} parts each; make it a multiple of {parts}"
         )
 

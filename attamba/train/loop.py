@@ -121,7 +121,7 @@ def _sources_of_rank(
             run_dir,
             fresh=fresh and ranks.is_main,
             say=progress.say,
-            share=(ranks.rank, ranks.size),
+            share=ranks.share,
         )
 
     return ranks.main_first(work)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from attamba.config import OptimConfig, RunConfig
 
 STATE = ("step", "exp_avg", "exp_avg_sq")
+NO_DECAY = "_no_weight_decay"
+"""Attribute of parameters that are sets of vectors, whatever their shape."""
 
 
 def lr_at(step: int, config: RunConfig) -> float:
@@ -40,7 +42,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        vector = parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False)
+        vector = parameter.ndim < 2 or getattr(parameter, NO_DECAY, False)
         (plain if vector else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
@@ -96,6 +98,20 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     total = (squares / copies).sum()
     torch.distributed.all_reduce(total)
     return total.sqrt()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Scale gradients to a norm of at most `limit`, in place; the norm before, over all of them.
+
+    Of DTensors that lie on all ranks together, it is called by all of them and is the same on all.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    if not any(map(is_spread, parameters)):
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = total_norm(grads)
+    torch._foreach_mul_(list(map(local, grads)), (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def _copies(tensor: Any) -> int:

@@ -20,9 +20,14 @@ from torch.utils.checkpoint import (
 
 from attamba.config import RunConfig
 from attamba.models import Decoder
+from attamba.models.splits import Placement, placements, splits
+from attamba.ops.row_ranks import RowRanks
+from attamba.train.optim import NO_DECAY
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+    from attamba.train.tensor import TensorRanks
 
 Forward = Callable[..., Tensor]
 
@@ -43,11 +48,23 @@ _PRODUCTS = frozenset(
 def parallelize(model: Decoder, mesh: DeviceMesh | None, config: RunConfig) -> Forward:
     """Apply config.parallel and train.compile to `model`, in place; return what to call.
 
-    mesh: with dimensions "replicate" and "shard"; parameters become DTensors on it, on its
+    Ranks that share rows or layers each get a part of the logits; see tensor_ranks.
+
+    mesh: with the dimensions of distributed.DIMENSIONS; parameters become DTensors on it, on its
         devices. None: one process, on whose device the model is already.
 
-    Gradients are averaged over the ranks of the mesh.
+    Gradients are averaged over the ranks of the mesh that work on different tokens.
     """
+    if mesh is not None:
+        mesh, rows = weights_mesh(mesh), mesh["context"]
+        uses = splits(model)
+        places = placements(model, uses, mesh["tensor"].size(), mesh["shard"].size())
+        if rows.size() > 1:
+            model.row_ranks = RowRanks(*_named(rows))
+        if mesh["tensor"].size() > 1:
+            from attamba.train.tensor import share_layers
+
+            share_layers(model, mesh["tensor"], uses, places)
     kind = config.parallel.activation_checkpointing
     if kind != "none":
         for layer in model.layers:
@@ -58,7 +75,7 @@ def parallelize(model: Decoder, mesh: DeviceMesh | None, config: RunConfig) -> F
         return torch.compile(model) if config.train.compile else model
     if config.train.compile:
         _compile_layers(model)
-    _shard(model, mesh, config.parallel.gather_dtype == "bfloat16")
+    _shard(model, mesh, places, config.parallel.gather_dtype == "bfloat16")
     return model
 
 
@@ -77,6 +94,36 @@ def reshard(model: nn.Module) -> None:
     free = getattr(model, "reshard", None)  # by fully_shard
     if free is not None:
         free()
+
+
+def weights_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh whose "replicate", "shard" and "tensor" are those of parameters.
+
+    Ranks that share rows are among those that share parameters: they need the same ones.
+    """
+    if mesh["context"].size() == 1:
+        return mesh
+    from torch.distributed.device_mesh import init_device_mesh
+
+    replicate, shard, context, tensor = mesh.shape
+    sizes = (replicate, shard * context, tensor)
+    return init_device_mesh(
+        mesh.device_type, sizes, mesh_dim_names=("replicate", "shard", "tensor")
+    )
+
+
+def tensor_ranks(mesh: DeviceMesh | None) -> TensorRanks | None:
+    """The ranks that share layers, or None where none do."""
+    if mesh is None or mesh["tensor"].size() == 1:
+        return None
+    from attamba.train.tensor import TensorRanks
+
+    return TensorRanks(*_named(mesh["tensor"]))
+
+
+def _named(mesh: DeviceMesh) -> tuple[int, int, str]:
+    """This rank's number along a mesh of one dimension, how many there are, and their group."""
+    return mesh.get_local_rank(), mesh.size(), mesh.get_group().group_name
 
 
 def _recomputed(forward: Forward, *, selective: bool) -> Forward:
@@ -121,14 +168,19 @@ def _replace_forward(module: nn.Module, forward: Forward) -> None:
     module.forward = forward
 
 
-def _shard(model: Decoder, mesh: DeviceMesh, gather_bfloat16: bool) -> None:
+def _shard(
+    model: Decoder, mesh: DeviceMesh, places: dict[str, Placement], gather_bfloat16: bool
+) -> None:
     # Imported where it is needed, as it takes most of a second.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard
 
     gathered = torch.bfloat16 if gather_bfloat16 else None
     policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
-    if mesh["replicate"].size() == 1:
-        mesh = mesh["shard"]
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    mesh = mesh["shard"] if mesh["replicate"].size() == 1 else mesh["replicate", "shard"]
+    vectors = [n for n, p in model.named_parameters() if hasattr(p, NO_DECAY)]
+    dims = {p: places[name].shard_dim for name, p in model.named_parameters()}
+    for part in (*model.layers, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy, shard_placement_fn=lambda p: Shard(dims[p]))
+    for name in vectors:  # parameters are new ones, without the attributes of the old
+        setattr(model.get_parameter(name), NO_DECAY, True)

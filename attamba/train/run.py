@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,8 @@ from attamba.train.checkpoint import restore, save_about, save_checkpoint
 from attamba.train.chunk_sizes import draw_size, set_chunk_size
 from attamba.train.distributed import Ranks
 from attamba.train.guard import Guard, n_skipped, step_unless
-from attamba.train.optim import build_optimizer, is_spread, local, lr_at
-from attamba.train.parallelize import Forward, parallelize, reduce_on_last, reshard
+from attamba.train.optim import build_optimizer, clip_gradients, local, lr_at
+from attamba.train.parallelize import Forward, parallelize, reduce_on_last, reshard, tensor_ranks
 from attamba.train.phases import Phases
 from attamba.train.run_folder import check_same_data
 from attamba.train.sources import Rows, Sources
@@ -31,6 +32,7 @@ from attamba.train.watchdog import Watchdog
 if TYPE_CHECKING:
     from attamba.harness import Tasks
     from attamba.train.sharded import Saver
+    from attamba.train.tensor import TensorRanks
 
 
 class TrainingDiverged(RuntimeError):
@@ -67,13 +69,14 @@ class Run:
             self.model.to(self.device)
         # A compiled module shares its parameters with the model, which is the one saved.
         self.forward = parallelize(self.model, ranks.mesh, config)
+        self.tensor_ranks = tensor_ranks(ranks.mesh)
         watchdog.follow(self.model)
         self.optimizer = build_optimizer(self.model, config.optim)
-        self.nats = torch.compile(losses.nats) if config.train.compile else losses.nats
+        self.nats = _nats(self.tensor_ranks, config.train.compile)
         self.guard = Guard(config.spikes, self.device)
         self.phases = Phases(self.device)
         self.saver = None if ranks.alone else _open_saver(ranks, config)
-        self.rows = config.data.batch_size // ranks.size // config.train.accumulate
+        self.rows = config.data.batch_size // ranks.share[1] // config.train.accumulate
         self.step = self.tokens = 0
         self.seconds = 0.0
         self.chunk_size: int | None = None
@@ -154,7 +157,7 @@ class Run:
             # Nothing that is not finite may reach the weights.
             step_unless(self.optimizer, self.guard.judge(*self.pending))
         self.step += 1
-        self.tokens += batch.inputs.size * self.ranks.size
+        self.tokens += batch.inputs.size * self.ranks.share[1]
         self.seconds += time.perf_counter() - began
 
     def read(self) -> dict[str, Any]:
@@ -187,6 +190,7 @@ class Run:
 
         batch: this rank's rows.
         """
+        batch = self._own(batch)
         total = torch.zeros((), device=self.device)
         scored = self.ranks.count(batch.n_scored)
         parts = list(losses.parts(batch, self.rows))
@@ -196,6 +200,7 @@ class Run:
                 loss = self._loss_sum(part) / scored
             with self.phases("backward"):
                 # Sharding averages gradients over ranks, and the mean is over the targets of all.
+                # Ranks that share layers count the same targets, each of them, and so cancel out.
                 (loss * self.ranks.size).backward()
             total += loss.detach()
         return self.ranks.sum(total)
@@ -223,7 +228,7 @@ class Run:
         if not windows:
             return None
         assert self.sources.valid is not None
-        batch = _every_nth(self.sources.valid, windows, self.ranks.rank, self.ranks.size)
+        batch = self._own(_every_nth(self.sources.valid, windows, *self.ranks.share))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.model.eval()
         for part in losses.parts(batch, self.rows):
@@ -246,6 +251,13 @@ class Run:
         """Summed cross entropy in nats, in float32 whatever the model computes in."""
         return self.nats(self.logits(batch, self.forward), losses.sent(batch.targets, self.device))
 
+    def _own(self, batch: Batch) -> Batch:
+        """Targets of this rank's tokens alone, where several share the rows."""
+        ranks = self.model.row_ranks
+        if ranks is None:
+            return batch
+        return replace(batch, targets=batch.targets[:, ranks.span(batch.targets.shape[1])])
+
     def logits(self, batch: Batch, forward: Forward) -> Tensor:
         """What `forward`, the model or a compiled one, says of the rows; [rows, T, V]."""
         # Gathered parameters come and go: their casts must not stay behind in autocast's cache.
@@ -255,8 +267,20 @@ class Run:
     def _clip(self) -> Tensor:
         """The gradient norm over all parameters, before clipping to optim.grad_clip."""
         limit = self.config.optim.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        return norm.full_tensor() if is_spread(norm) else norm  # type: ignore[attr-defined]
+        return clip_gradients(self.model.parameters(), limit)
+
+
+def _nats(tensor_ranks: TensorRanks | None, compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """losses.nats, also of logits whose vocabulary ranks share."""
+    if tensor_ranks is None:
+        return torch.compile(losses.nats) if compiled else losses.nats
+    from attamba.train.tensor import cross_entropy_sum
+
+    def nats(logits: Tensor, targets: Tensor) -> Tensor:
+        logits = logits.float().flatten(0, 1)
+        return cross_entropy_sum(logits, targets.flatten(), UNSCORED, tensor_ranks)
+
+    return nats
 
 
 def _every_nth(rows: Rows, windows: list[int], rank: int, n: int) -> Batch:

@@ -48,6 +48,8 @@ FREE = frozenset(
         "train.accumulate",
         "parallel.replicate",
         "parallel.shard",
+        "parallel.tensor",
+        "parallel.context",
         "parallel.activation_checkpointing",
         "parallel.hang_timeout",
     }

@@ -216,7 +216,9 @@ def poisoned_steps(config, folder):
         return counts, same
 
 
-@pytest.mark.parametrize("mesh", [{"shard": 2}, {"replicate": 2, "shard": 1}])
+@pytest.mark.parametrize(
+    "mesh", [{"shard": 2}, {"replicate": 2, "shard": 1}, {"tensor": 2}, {"context": 2}]
+)
 def test_all_ranks_leave_out_the_same_steps(make_config, mesh, tmp_path):
     change = {f"parallel.{key}": value for key, value in mesh.items()}
     for counts, same in on_ranks(2, poisoned_steps, make_config(change), tmp_path):

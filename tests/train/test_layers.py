@@ -179,6 +179,17 @@ def records_of(config):
     return of(result) if result.is_main else None
 
 
+@pytest.mark.parametrize("mesh", [{"tensor": 2}, {"context": 2}])
+def test_where_ranks_share_layers_or_rows_they_are_those_of_one(make_config, mesh):
+    change = LAYERS | {"train.steps": 4, "model.n_layers": 2}
+    alone = of(train(make_config(change, out="alone")))[4]
+    several = {f"parallel.{key}": value for key, value in mesh.items()}
+    found = on_ranks(2, records_of, make_config(change | several, out="several"))[0][4]
+    assert set(found) == set(alone) - (ATTENTION if "context" in mesh else set())
+    for name in FIGURES & set(found):
+        assert found[name] == pytest.approx(alone[name], rel=1e-3), name
+
+
 @pytest.mark.parametrize("mesh", [{"shard": 2}, {"replicate": 2, "shard": 1}])
 def test_on_several_ranks_they_are_those_of_one(make_config, mesh):
     """Gradients and updates; activations are means over more rows."""

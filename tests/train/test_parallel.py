@@ -261,8 +261,8 @@ def test_a_weight_that_is_not_finite_on_one_rank_stops_all(make_parallel):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"parallel.tensor": 2}, r"parallel\.tensor=2: .* not built yet; set parallel\.tensor=1"),
-        ({"parallel.context": 2}, r"parallel\.context=2: .* not built yet"),
+        ({"parallel.tensor": 0}, r"parallel\.tensor=0 must be at least 1"),
+        ({"parallel.context": 0}, r"parallel\.context=0 must be at least 1"),
         ({"parallel.replicate": 0}, r"parallel\.replicate=0 must be at least 1"),
         ({"parallel.shard": 0}, r"parallel\.shard=0 must be at least 1; -1 means all ranks"),
         ({"parallel.hang_timeout": 0}, r"parallel\.hang_timeout=0\.0 must be above 0"),
@@ -277,8 +277,14 @@ def test_what_cannot_be_asked_for(make_config, change, text):
 
 def test_a_mesh_takes_the_ranks_that_are_left(make_config):
     parallel = make_config().parallel
-    assert mesh_sizes(parallel, 1) == (1, 1)
-    assert mesh_sizes(parallel, 8) == (1, 8)
-    assert mesh_sizes(dataclasses.replace(parallel, replicate=4), 8) == (4, 2)
+    assert mesh_sizes(parallel, 1) == (1, 1, 1, 1)
+    assert mesh_sizes(parallel, 8) == (1, 8, 1, 1)
+    assert mesh_sizes(dataclasses.replace(parallel, replicate=4), 8) == (4, 2, 1, 1)
+    shared = dataclasses.replace(parallel, context=2, tensor=4)
+    assert mesh_sizes(shared, 16) == (1, 2, 2, 4)
+    with pytest.raises(
+        ConfigError, match=r"context=2, parallel\.tensor=4 ask for 8 ranks, .* are 12"
+    ):
+        mesh_sizes(shared, 12)
     with pytest.raises(ConfigError, match="there is 1"):
         mesh_sizes(dataclasses.replace(parallel, replicate=4), 1)

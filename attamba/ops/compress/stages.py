@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attamba.ops.chunk_scan import chunk_scan
+from attamba.ops.row_ranks import RowRanks
+from attamba.ops.shared_rows import carry_scan
 
 
 def split_projection(proj: Tensor, state_dim: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,10 +54,11 @@ def scan_convolved(
     mask: Tensor | None,
     initial_state: Tensor | None,
     scan: str,
+    ranks: RowRanks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """From the convolution's output [B, T, 2E + 4N] to y [B, T, 2E] and the last state.
 
-    The state is float32 [B, 2S, N, W]; see compress for the rest.
+    The state is float32 [B, 2S, N, W]; ranks: see carry_scan; see compress for the rest.
     """
     heads = A.shape[1]
     inner = xbc.shape[-1] // 2 - 2 * state_dim
@@ -64,17 +66,17 @@ def scan_convolved(
     dt = F.softplus(dt.float() + dt_bias.float().flatten())
     if mask is not None:
         dt = dt * mask[..., None]  # no step: neither decay nor update
-    y, state = chunk_scan(
+    y, state = carry_scan(
         x.unflatten(-1, (2 * heads, -1)),
         dt,
         A.flatten(),
         B.unflatten(-1, (2, -1)),
         C.unflatten(-1, (2, -1)),
         starts,
-        D=D.flatten(),
-        initial_state=initial_state,
-        return_final_state=True,
-        backend=scan,
+        D.flatten(),
+        initial_state,
+        scan,
+        ranks,
     )
     return y.flatten(2), state
 
