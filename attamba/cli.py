@@ -118,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _delegated(commands, "demo", "attamba.demo.run", "train Attamba and a transformer, compare")
     _train(commands)
+    _follow(commands)
     _eval(commands)
     _generate(commands)
     _export(commands)
@@ -133,6 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     _delegated(benches, "decode", "attamba.bench.decode", "a decoding step, at many lengths")
     _delegated(benches, "kernels", "attamba.bench.kernels", "the operators alone, on a GPU")
     _delegated(benches, "tune", "attamba.bench.tune", "tile sizes of the attention kernels")
+    _delegated(benches, "loop", "attamba.bench.loop", "training as it is, against a bare step")
     _delegated(benches, "train", "attamba.bench.train", "a training step, at many lengths")
     _delegated(benches, "hf", "attamba.bench.hf", "transformers' generate() against our own")
     study = commands.add_parser("study", help="experiments: run, report, solve")
@@ -182,6 +184,28 @@ def _train(commands: Commands) -> None:
         dest="resume",
         action="store_false",
         help="refuse a folder that holds a checkpoint, instead of going on from it",
+    )
+
+
+def _follow(commands: Commands) -> None:
+    parser = _leaf(
+        commands, "follow", "score a run's checkpoints while it trains", _later("follow")
+    )
+    parser.add_argument("run", metavar="RUN", help="the run's folder; scores go to its eval.jsonl")
+    parser.add_argument(
+        "--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ..."
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="rows at a time (default: 8)")
+    parser.add_argument(
+        "--idle",
+        type=float,
+        metavar="SECONDS",
+        help="end after so long without a checkpoint to score (default: when training ends)",
+    )
+    parser.add_argument(
+        "--until-eof",
+        action="store_true",
+        help="end when standard input is closed, too, and what there is, is scored",
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
+import select
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -46,6 +48,27 @@ def train(args: argparse.Namespace) -> int:
         told = f"{result.run_dir}: {result.step} steps are done; "
         print(f"{told}score it: attamba eval {result.run_dir}")
     return 0
+
+
+def follow(args: argparse.Namespace) -> int:
+    """`attamba follow RUN`."""
+    from attamba.train.follow import follow
+
+    failures = follow(
+        args.run,
+        device=args.device,
+        batch_size=args.batch_size,
+        idle=args.idle,
+        no_more=_stdin_closed if args.until_eof else None,
+        say=lambda text: print(text, flush=True),
+    )
+    return 1 if failures else 0
+
+
+def _stdin_closed() -> bool:
+    """Has the other end of standard input been closed?"""
+    ready, _, _ = select.select([sys.stdin], [], [], 0)
+    return bool(ready) and not os.read(sys.stdin.fileno(), 1)
 
 
 # --------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal, TypeVar, Union
 
 from attamba.mixers import MIXERS, AttambaMixer, ConfigError, Mixer, TransformerMixer
 from attamba.mixers import at_least as _at_least
+from attamba.monitoring import EvalConfig, MetricsConfig, ProfileConfig, SpikesConfig
 
 __all__ = [
     "MIXERS",
@@ -28,11 +29,14 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "EvalConfig",
+    "MetricsConfig",
     "Mixer",
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
+    "ProfileConfig",
     "RunConfig",
+    "SpikesConfig",
     "TrainConfig",
     "TransformerMixer",
     "apply_overrides",
@@ -192,7 +196,7 @@ class TrainConfig:
     keep: int = 2
     """Checkpoints kept."""
     tensorboard: bool = False
-    """Write event files beside the metrics."""
+    """Short for tensorboard in metrics.sinks."""
     progress: bool = True
     """Show a live bar with loss, tokens/s and time left (lines where there is no terminal)."""
 
@@ -206,25 +210,6 @@ class TrainConfig:
                 raise ConfigError("train.chunk_sizes=[] is empty; name one size, or leave it out")
             for size in self.chunk_sizes:
                 _at_least(size, 1, "train.chunk_sizes")
-
-
-@dataclass(kw_only=True)
-class EvalConfig:
-    """Tasks of the lm-eval harness, scored in training as `attamba eval --tasks` scores them."""
-
-    tasks: list[str] = field(default_factory=list)
-    """Names; NAME=PATH for those on local text. Default: none."""
-    every: int = 0
-    """Steps between scorings; 0 for the last step alone."""
-    limit: int | None = None
-    """Documents of each task. Default: all."""
-
-    def validate(self) -> None:
-        _at_least(self.every, 0, "eval.every")
-        if self.limit is not None:
-            _at_least(self.limit, 1, "eval.limit")
-        if not self.tasks and (self.every or self.limit):
-            raise ConfigError("eval.every and eval.limit need eval.tasks; name some, or leave them")
 
 
 @dataclass(kw_only=True)
@@ -273,6 +258,11 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    spikes: SpikesConfig = field(default_factory=SpikesConfig)
+    profile: bool | ProfileConfig = False
+    """Write a trace of a few steps, and on CUDA a snapshot of the memory, into `profile`. A
+    dictionary says which: wait (default 10) steps before them, and how many steps (default 3)."""
 
     SHORTCUTS: ClassVar[dict[str, str]] = {"mixer": "model.mixer"}
     """First parts of keys that may be written without their section."""
@@ -284,6 +274,10 @@ class RunConfig:
         self.train.validate()
         self.eval.validate()
         self.parallel.validate()
+        self.metrics.validate()
+        self.spikes.validate()
+        if isinstance(self.profile, ProfileConfig):
+            self.profile.validate()
         if self.parallel.gather_dtype == "bfloat16" and self.train.dtype != "bfloat16":
             raise ConfigError(
                 f"parallel.gather_dtype=bfloat16 needs train.dtype=bfloat16, not "
@@ -437,6 +431,9 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             if isinstance(value, list):
                 return [_mixer(v, f"{where}.{i}") for i, v in enumerate(value)]
             return _mixer(value, where)
+        for option in options:
+            if dataclasses.is_dataclass(option) and isinstance(value, dict):
+                return _coerce(option, value, where)
         for option in options:
             try:
                 return _coerce(option, value, where)

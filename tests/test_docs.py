@@ -240,9 +240,11 @@ def check(words: list[str]) -> None:
 def _check_own(args: argparse.Namespace) -> None:
     """Configuration keys of a command of ours, in its arguments and its sweep."""
     words = getattr(args, "overrides", [])
-    if hasattr(args, "resume"):
-        (path,) = [ROOT / word for word in words if "=" not in word]
-        load_run_config(path, [word for word in words if "=" in word])
+    files = [ROOT / word for word in words if "=" not in word]
+    if hasattr(args, "resume") or files:
+        assert files and (len(files) == 1 or not hasattr(args, "resume")), words
+        for path in files:
+            load_run_config(path, [word for word in words if "=" in word])
     elif hasattr(args, "config"):
         load_run_config(ROOT / args.config, words)
     elif words:
@@ -269,7 +271,8 @@ def _check_harness(arguments: list[str]) -> None:
 def _config_classes() -> dict[str, type]:
     """Every config dataclass by the prefix of its keys."""
     hints = typing.get_type_hints(config.RunConfig)
-    sections = {f"{name}.": hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    found = {f"{name}.": hook("generated").section_of(hint) for name, hint in hints.items()}
+    sections = {name: section for name, section in found.items() if section is not None}
     mixers = {f"mixer.:{name}": mixer for name, mixer in config.MIXERS.items()}
     return {"": config.RunConfig} | sections | mixers
 

@@ -21,7 +21,7 @@ PACKAGE = Path(attamba.__file__).parent
 
 # A part may import parts of an earlier line, and of its own.
 LAYERS = [
-    {"config", "mixers", "data", "ops"},
+    {"config", "mixers", "monitoring", "data", "ops"},
     {"modules"},
     {"models"},
     {
@@ -36,7 +36,8 @@ RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 # Parts that are told apart within a line, or held to less than it allows.
 ALLOWED = {
     "mixers": {"mixers"},
-    "config": {"config", "mixers"},
+    "monitoring": {"monitoring", "mixers"},
+    "config": {"config", "mixers", "monitoring"},
     "data": {"data", "config"},
     "ops": {"ops"},
 }

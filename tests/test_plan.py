@@ -12,11 +12,11 @@ from planning import ATTAMBA, DIM, MIXERS, NARROW, TRANSFORMER, run_config
 import attamba
 from attamba import cli
 from attamba.config import ConfigError, RunConfig, load_run_config
-from attamba.models.accounting import layer_ends, n_parameters
+from attamba.models.accounting import countable, layer_ends, n_parameters
 from attamba.plan import memory, pages, traffic
 from attamba.plan.estimate import beside, make_plan, step_flops
 from attamba.plan.layout import Layout, make_layout
-from attamba.plan.policies import as_transformer, countable, entries_of_others
+from attamba.plan.policies import as_transformer, entries_of_others
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,6 +7,7 @@ a compressor, S its heads, L leading tokens.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 
 from attamba.config import AttambaMixer, ModelConfig, TransformerMixer
-from attamba.mixers import attends
+from attamba.mixers import Mixer, attends
 from attamba.models.mixer_costs import head_dim, mixer_costs
-from attamba.ops.chunking import make_boundary, make_span
+from attamba.ops.chunking import BOUNDARIES, make_boundary, make_span
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,37 @@ def flops(config: ModelConfig, seq_len: int) -> Flops:
     )
     scan = float(sum(c.scan for c in costs))
     return Flops(2.0 * (matrices + config.vocab_size * d), attention, scan)
+
+
+def attention_flops_by_length(config: ModelConfig, seq_len: int) -> Tensor:
+    """Forward FLOPs of attention in a document of l tokens, for l from 0 to T: float64 [T + 1].
+
+    Chunk ends are causal, so those of a shorter document are the first of a longer one's. Raises
+    ValueError where they cannot be told from positions alone; see countable.
+    """
+    total = torch.zeros(seq_len, dtype=torch.float64)
+    position = torch.arange(seq_len)
+    for i, mixer in enumerate(config.layer_mixers()):
+        if not attends(mixer):
+            continue
+        window = _window(mixer) or seq_len
+        seen = (position + 1).clamp(max=window).double()
+        if isinstance(mixer, AttambaMixer) and window < seq_len:
+            ends = layer_ends(config, i, seq_len).double().mean(0)
+            seen[window:] += ends.cumsum(0)[: seq_len - window]
+        total += 4 * head_dim(mixer, config.dim) * mixer.n_heads * seen
+    return torch.cat([torch.zeros(1, dtype=torch.float64), total.cumsum(0)])
+
+
+def countable(config: ModelConfig) -> ModelConfig:
+    """`config` with chunks that can be counted without a text.
+
+    Policies that look at tokens or scores, or are told, become `cyclic` with chunks of chunk_size
+    tokens, which is their mean.
+    """
+    mixer = config.mixer
+    mixers = [_countable(m) for m in mixer] if isinstance(mixer, list) else _countable(mixer)
+    return dataclasses.replace(config, mixer=mixers)
 
 
 def attention_entries(
@@ -146,6 +178,16 @@ def _entries_per_head(
             later = seq_len - window - torch.arange(seq_len - window)
             seen += (position * later).sum().item() / position.shape[0]
         yield seen
+
+
+def _countable(mixer: Mixer) -> Mixer:
+    if not isinstance(mixer, AttambaMixer):
+        return mixer
+    name = mixer.boundary if isinstance(mixer.boundary, str) else mixer.boundary["type"]
+    policy = BOUNDARIES.get(name)
+    if policy is None or not (policy.needs_tokens or name == "given" or not policy.causal):
+        return mixer
+    return dataclasses.replace(mixer, boundary="cyclic")
 
 
 def _ffn_matrices(config: ModelConfig) -> int:

@@ -21,7 +21,7 @@ from attamba.modules.cache import LayerCache, ScanState, State
 from attamba.modules.compressor import Compressors
 from attamba.modules.kv_cache import KVCache, attend_token
 from attamba.modules.layers import RMSNorm, Rotary, linear, plain, product, rotate
-from attamba.modules.mixer import TimeMixer
+from attamba.modules.mixer import AttentionInputs, TimeMixer
 from attamba.modules.pooling import GatedPooling, MeanPooling
 from attamba.modules.strided import StridedCompressors
 from attamba.ops.chunking import (
@@ -200,6 +200,13 @@ class ChunkAttention(TimeMixer):
         k, v = self._heads(k.to(q.dtype), v.to(q.dtype))
         rotary = self.rotary(span)
         return rotate(q, rotary), rotate(k, rotary), v
+
+    def attention_inputs(
+        self, x: Tensor, span: Span, given: Tensor | None = None
+    ) -> AttentionInputs:
+        ends, _ = self.boundary(span, None, given)
+        q, k, _ = self.project(x, ends, span)
+        return AttentionInputs(q, k, ends, self.lead)
 
     def _keys_and_values(
         self, x: Tensor, ends: Tensor, span: Span, cache: LayerCache | None

@@ -12,7 +12,7 @@ from attamba.config import TransformerMixer
 from attamba.modules.cache import LayerCache
 from attamba.modules.kv_cache import KVCache, attend_token
 from attamba.modules.layers import RMSNorm, Rotary, linear, plain, rotate
-from attamba.modules.mixer import TimeMixer
+from attamba.modules.mixer import AttentionInputs, TimeMixer
 from attamba.ops.chunking import Span
 from attamba.ops.shared_rows import shared_attention
 from attamba.ops.thin_linear import thin_linear
@@ -41,8 +41,7 @@ class Attention(TimeMixer):
         self, x: Tensor, span: Span, cache: LayerCache | None = None, given: Tensor | None = None
     ) -> Tensor:
         """x: [B, T, d] -> [B, T, d]. `given` ends do not concern this mixer."""
-        q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
-        k, v = self.wkv(x).unflatten(-1, (2, self.n_kv_heads, self.head_dim)).unbind(2)
+        q, k, v = self._project(x)
         rotary = self.rotary(span)
         kv = None if cache is None else cache.kv
         if kv is not None and x.shape[1] == 1:
@@ -76,6 +75,19 @@ class Attention(TimeMixer):
         if not plain(self.wq, self.wkv):
             return None
         return torch.cat([self.wq.weight, self.wkv.weight]).detach()
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, H, D], keys and values [B, T, G, D], before positions."""
+        q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
+        k, v = self.wkv(x).unflatten(-1, (2, self.n_kv_heads, self.head_dim)).unbind(2)
+        return q, k, v
+
+    def attention_inputs(
+        self, x: Tensor, span: Span, given: Tensor | None = None
+    ) -> AttentionInputs:
+        q, k, _ = self._project(x)
+        rotary = self.rotary(span)
+        return AttentionInputs(rotate(q, rotary), rotate(k, rotary), None, self.lead)
 
     def new_cache(self, batch: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
         kv = KVCache(

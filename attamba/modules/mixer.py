@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from attamba.modules.cache import LayerCache
 from attamba.ops.chunking import Span
+
+
+class AttentionInputs(NamedTuple):
+    """What attention weights follow from."""
+
+    q: Tensor
+    """[B, T, H, D], positions applied."""
+    k: Tensor
+    """[B, T, G, D], positions applied."""
+    ends: Tensor | None
+    """bool [B or 1, G or 1, T]: keys that are seen beyond the window. None: no key is."""
+    leading_tokens: int | None
+    """Earlier tokens in the window, besides the query itself; None: all."""
 
 
 class TimeMixer(nn.Module):
@@ -29,6 +44,12 @@ class TimeMixer(nn.Module):
         Mixers that can put the norm and the sum into their products do so here.
         """
         return x + self(norm(x), span, cache, given)
+
+    def attention_inputs(
+        self, x: Tensor, span: Span, given: Tensor | None = None
+    ) -> AttentionInputs | None:
+        """What attention over the tokens x, [B, T, d], would compare; None without attention."""
+        return None
 
     def stacked_projections(self) -> Tensor | None:
         """A copy of the matrices that a decode step multiplies with its input, one on the other.

@@ -7,10 +7,10 @@ import dataclasses
 from dataclasses import dataclass
 
 from attamba.config import RunConfig
-from attamba.models.accounting import flops, n_parameters
+from attamba.models.accounting import countable, flops, n_parameters
 from attamba.plan import memory
 from attamba.plan.layout import Layout
-from attamba.plan.policies import as_transformer, countable
+from attamba.plan.policies import as_transformer
 from attamba.plan.traffic import traffic
 
 TRAINING = 3

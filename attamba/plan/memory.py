@@ -15,12 +15,12 @@ import torch
 from attamba.config import AttambaMixer, RunConfig, TransformerMixer
 from attamba.mixers import attends
 from attamba.models import build_model
-from attamba.models.accounting import cache_bytes
+from attamba.models.accounting import cache_bytes, countable
 from attamba.models.mixer_costs import head_dim, kv_width
 from attamba.models.splits import Placement, placements, splits
 from attamba.plan.activations import FLOAT32, layer_keeps
 from attamba.plan.layout import Layout
-from attamba.plan.policies import countable, entries_of_others
+from attamba.plan.policies import entries_of_others
 
 BFLOAT16 = 2
 MOMENTS = 2

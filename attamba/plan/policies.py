@@ -8,21 +8,12 @@ import json
 
 from attamba.config import AttambaMixer, ModelConfig, from_dict, to_dict
 from attamba.mixers import Mixer, TransformerMixer
-from attamba.models.accounting import layer_ends
-from attamba.ops.chunking import BOUNDARIES, make_boundary
+from attamba.models.accounting import countable, layer_ends
+from attamba.ops.chunking import make_boundary
 from attamba.plan.layout import Layout
 
 HEAD_WIDTH = 64
 """Of the transformer's heads where the model that it stands beside has none."""
-
-
-def countable(config: ModelConfig) -> ModelConfig:
-    """`config` with chunks that can be counted without a text.
-
-    Policies that look at tokens or scores, or are told, become `cyclic` with chunks of chunk_size
-    tokens, which is their mean.
-    """
-    return _with_mixers(config, [_countable(mixer) for mixer in _mixers(config)])
 
 
 def told(config: ModelConfig) -> bool:
@@ -111,13 +102,3 @@ def _with_mixers(config: ModelConfig, mixers: list[Mixer]) -> ModelConfig:
     return dataclasses.replace(
         config, mixer=mixers if isinstance(config.mixer, list) else mixers[0]
     )
-
-
-def _countable(mixer: Mixer) -> Mixer:
-    if not isinstance(mixer, AttambaMixer):
-        return mixer
-    name = mixer.boundary if isinstance(mixer.boundary, str) else mixer.boundary["type"]
-    policy = BOUNDARIES.get(name)
-    if policy is None or not (policy.needs_tokens or name == "given" or not policy.causal):
-        return mixer
-    return dataclasses.replace(mixer, boundary="cyclic")

@@ -26,11 +26,13 @@ FREE = frozenset(
     {
         *("out", "data.train", "data.valid", "data.tokenizer", "train.device", "train.progress"),
         *("train.keep", "train.log_every", "train.eval_every", "train.save_every"),
-        *("train.tensorboard", "train.compile"),
+        *("train.tensorboard", "train.compile", "eval.mode", "eval.device"),
     }
 )
 """Keys in which a result and a recipe may differ: where files lie, and how, not what, is computed.
 """
+WATCHING = ("metrics", "profile", "spikes")
+"""Sections that look at training; studies leave them as they are, older result files have none."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def differences(there: Record, here: Record) -> list[str]:
 
 def _free(key: str) -> bool:
     # `backend` stands in a mixer or in each of a list of mixers.
-    return key in FREE or key.endswith(".backend")
+    watching = key.partition(".")[0] in WATCHING
+    return key in FREE or watching or key.endswith(".backend")
 
 
 def thinned(records: list[Record], most: int = 100) -> list[Record]:
@@ -120,9 +123,15 @@ def _merged(group: list[Record]) -> Record:
         "kind": "train",
         "step": last["step"],
         "tokens": last["tokens"],
-        "loss": round(sum(r["loss"] for r in group) / n, 6),
-        "grad_norm": round(sum(r["grad_norm"] for r in group) / n, 6),
+        "loss": _mean(group, "loss"),
+        "grad_norm": _mean(group, "grad_norm"),
         "lr": last["lr"],
         "tokens_per_second": round(n / sum(1 / r["tokens_per_second"] for r in group), 1),
         "seconds": round(last["seconds"], 3),
     }
+
+
+def _mean(group: list[Record], key: str) -> float | None:
+    """Over the steps where it was finite; None where it never was."""
+    known = [r[key] for r in group if r[key] is not None]
+    return round(sum(known) / len(known), 6) if known else None

@@ -3,7 +3,8 @@
 <run_dir>/checkpoints/step-00000500/
     model.safetensors       parameters under the model's names, a tied one once
     optimizer.safetensors   AdamW's state as "<parameter>.<exp_avg, exp_avg_sq or step>"
-    state.json              step, tokens, seconds, random states, fingerprints of the data
+    state.json              step, tokens, seconds, random states, fingerprints of the data, steps
+                            that were left out
     config.json             the RunConfig
     tokenizer/              what Tokenizer.save wrote
     manifest.json           size and SHA-256 of every other file; written last
@@ -66,6 +67,7 @@ def save_checkpoint(
     tokens: int = 0,
     seconds: float = 0.0,
     data: Mapping[str, str | None] | None = None,
+    skips: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write <run_dir>/checkpoints/step-<step> and return it.
 
@@ -73,6 +75,7 @@ def save_checkpoint(
     optimizer: without it the checkpoint can be loaded, but training cannot resume from it.
     tokens, seconds: spent in training so far.
     data: fingerprints of what it trains on, compared on resume.
+    skips: what Guard.state gave of steps that were left out.
 
     Raises CheckpointError if it cannot be written (the disk is full, ...); nothing of it is left
     then, and older checkpoints are untouched.
@@ -92,6 +95,7 @@ def save_checkpoint(
             tokens=tokens,
             seconds=seconds,
             data=data,
+            skips=skips,
         )
 
     return _publish(Path(run_dir), step, write)
@@ -129,6 +133,7 @@ def save_about(
     tokens: int = 0,
     seconds: float = 0.0,
     data: Mapping[str, str | None] | None = None,
+    skips: Mapping[str, Any] | None = None,
 ) -> None:
     """Write what a checkpoint holds beside tensors: state, configuration, tokenizer."""
     state = {
@@ -139,6 +144,8 @@ def save_about(
         "tokenizer": tokenizer.fingerprint,
         "data": dict(data or {}),
     }
+    if skips is not None:
+        state["skips"] = dict(skips)
     _save_json(folder / STATE, state)
     _save_json(folder / CONFIG, to_dict(config))
     tokenizer.save(folder / TOKENIZER)

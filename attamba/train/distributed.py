@@ -123,6 +123,12 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
+    def most(self, value: Tensor) -> Tensor:
+        """The largest of a tensor over all ranks, on its device; `value` itself is changed."""
+        if not self.alone:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return value
+
     def count(self, value: int) -> int:
         """The sum of a number over all ranks."""
         if self.alone:

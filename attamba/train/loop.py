@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attamba.config import ConfigError, RunConfig
+from attamba.train.beside import Beside
 from attamba.train.distributed import Ranks, lock_for_all, open_ranks
+from attamba.train.follow import RESULTS
 from attamba.train.interrupt import StopRequest, TrainingInterrupted, TrainingPreempted
-from attamba.train.metrics import MetricsLog, Record, Unwritten
+from attamba.train.metrics import MetricsLog, Record, Unwritten, records_up_to, rewrite
+from attamba.train.observers import Observer, open_observers
 from attamba.train.progress import Silent, open_progress
 from attamba.train.run import Run, TrainingDiverged
-from attamba.train.run_folder import open_run_folder
+from attamba.train.run_folder import open_run_folder, told_status
 from attamba.train.sources import Sources, open_sources
 from attamba.train.watchdog import Watchdog
 
@@ -61,14 +65,29 @@ def train(
 
     Raises ConfigError for a configuration that cannot be used or is not the folder's, and for
     tasks that cannot be loaded; DataError for the data; CheckpointError if one cannot be written
-    or read; TrainingDiverged for a loss or gradient that is not finite, before it changes a
-    weight; TrainingInterrupted (a KeyboardInterrupt) after Ctrl-C or should_stop, its subclass
-    TrainingPreempted after SIGTERM or SIGUSR1.
+    or read; TrainingDiverged where losses or gradients that are not finite, or jump, reach a limit
+    of spikes, none of which changed a weight; TrainingInterrupted (a KeyboardInterrupt) after
+    Ctrl-C or should_stop, its subclass TrainingPreempted after SIGTERM or SIGUSR1.
     """
+    with open_loop(config, resume=resume, on_log=on_log, should_stop=should_stop) as loop:
+        loop.go()
+    run = loop.run
+    return TrainResult(Path(config.out), run.step, loop.metrics.records, is_main=run.ranks.is_main)
+
+
+@contextmanager
+def open_loop(
+    config: RunConfig,
+    *,
+    resume: bool = True,
+    on_log: OnLog | None = None,
+    should_stop: ShouldStop | None = None,
+) -> Iterator[Loop]:
+    """All that training needs, in the folder config.out, ready for the next step; see train."""
     config.validate()
     run_dir = Path(config.out)
     with open_ranks(config) as ranks:
-        tasks = _load_tasks(config.eval.tasks, ranks)
+        tasks = _load_tasks(config, ranks)
         shown = config.train.progress and ranks.is_main
         with (
             lock_for_all(ranks, run_dir),
@@ -81,12 +100,14 @@ def train(
                 run.resume(checkpoint)
                 progress.say(f"Going on from {checkpoint}")
             with (
-                run.watchdog,
+                told_status(run_dir, ranks),
                 ranks.on_each(lambda: _open_metrics(run)) as metrics,
+                _open_beside(config, ranks, metrics, progress) as beside,
+                run.watchdog,
                 StopRequest(should_stop, patient=not ranks.alone) as stop,
             ):
-                _Loop(run, tasks, metrics, progress, stop, on_log).go()
-    return TrainResult(run_dir, run.step, metrics.records, is_main=ranks.is_main)
+                observers = [*open_observers(run, progress.say), beside]
+                yield Loop(run, tasks, metrics, progress, stop, on_log, observers)
 
 
 def _sources_of_rank(
@@ -109,24 +130,49 @@ def _sources_of_rank(
 def _open_metrics(run: Run) -> MetricsLog | Unwritten:
     if not run.ranks.is_main:
         return Unwritten()
-    return MetricsLog(Path(run.config.out), step=run.step, tensorboard=run.config.train.tensorboard)
+    results = Path(run.config.out) / RESULTS
+    if results.exists():  # of checkpoints that are written anew
+        rewrite(results, records_up_to(results, run.step))
+    return MetricsLog(Path(run.config.out), step=run.step, config=run.config)
 
 
-def _load_tasks(names: list[str], ranks: Ranks) -> Tasks | None:
+@contextmanager
+def _open_beside(
+    config: RunConfig, ranks: Ranks, metrics: MetricsLog | Unwritten, progress: Silent
+) -> Iterator[Observer]:
+    """The evaluating process of eval.mode=process, on rank 0."""
+    if config.eval.mode != "process" or not ranks.is_main:
+        yield Observer()
+        return
+
+    def show(record: Record) -> None:
+        metrics.show(record)
+        progress.record(record)
+
+    with Beside(config, show, progress.say) as beside:
+        yield beside
+
+
+def _load_tasks(config: RunConfig, ranks: Ranks) -> Tasks | None:
     """Tasks to score, loaded before the first step: what is missing shows at once."""
-    if not names:
+    names = config.eval.tasks
+    if not names or config.eval.mode == "job":
         return None
-    if not ranks.alone:
+    inline = config.eval.mode == "inline"
+    if inline and not ranks.alone:
         raise ConfigError(
             f"eval.tasks={names} are scored by one process, and there are {ranks.size} ranks; "
-            f"leave them out, and score checkpoints: attamba eval --tasks {','.join(names)}"
+            f"set eval.mode=process, or leave them out and score checkpoints: "
+            f"attamba eval --tasks {','.join(names)}"
         )
     from attamba.harness import load_tasks
 
-    return load_tasks(names)
+    loaded: list[Tasks] = []
+    ranks.on_main(lambda: loaded.append(load_tasks(names)))
+    return loaded[0] if inline else None
 
 
-class _Loop:
+class Loop:
     """Steps until the end, with metrics, validation and checkpoints in between."""
 
     def __init__(
@@ -137,42 +183,66 @@ class _Loop:
         progress: Silent,
         stop: StopRequest,
         on_log: OnLog | None,
+        observers: Sequence[Observer],
     ) -> None:
         self.run, self.tasks, self.metrics, self.progress = run, tasks, metrics, progress
         self.stop, self.on_log = stop, on_log
         self.logged = (run.tokens, run.seconds)
+        self.observers = observers
+        run.model.train()
 
     def go(self) -> None:
+        """All steps that are left. Raises what train does."""
+        run = self.run
+        self.progress.start(run.step, run.config.train.steps)
         try:
-            self._steps()
+            while run.step < run.config.train.steps:
+                self.step()
         except (TrainingDiverged, TrainingInterrupted):
-            self.run.finish_saving()
+            run.finish_saving()
             raise
-        self.run.finish_saving()
+        finally:
+            for observer in self.observers:
+                observer.close(run)
+        run.finish_saving()
 
-    def _steps(self) -> None:
+    def step(self) -> None:
+        """One step, and what is due after it."""
         run, every = self.run, self.run.config.train
-        self.progress.start(run.step, every.steps)
-        run.model.train()
-        while run.step < every.steps:
-            values = run.take_step()
+        run.take_step()
+        own = [record for observer in self.observers for record in observer.after_step(run)]
+        logs = self._due(every.log_every)
+        # A GPU is not waited for between records; a CPU is done already.
+        if logs or own or run.device.type == "cpu":
+            values = run.read()
             self.progress.step(run.step, values["loss"], self._rate())
-            if self._due(every.log_every):
-                self._log({"kind": "train", **values, "tokens_per_second": self._rate()})
-                self.logged = (run.tokens, run.seconds)
-            if self._due(every.eval_every):
-                self._validate()
-            if self.tasks is not None and self._due(run.config.eval.every):
-                self._log({"kind": "tasks", **run.score(self.tasks)})
-            stopping = self._stopping()
-            if self._due(every.save_every) or stopping:
-                self.metrics.sync()
-                run.save()
-            if stopping and run.step < every.steps:
-                raise (TrainingPreempted if stopping == 2 else TrainingInterrupted)(
-                    f"Stopped after step {run.step} of {every.steps} and saved a checkpoint; the "
-                    f"same command goes on from it (out={run.config.out})"
-                )
+        if logs:
+            for observer in self.observers:
+                values |= observer.figures(run)
+            self._log({"kind": "train", **values, "tokens_per_second": self._rate()})
+            self.logged = (run.tokens, run.seconds)
+        for record in own:
+            self._log(record)
+        self._evaluate()
+        stopping = self._stopping()
+        if self._due(every.save_every) or stopping:
+            self.metrics.sync()
+            run.save()
+        if stopping and run.step < every.steps:
+            raise (TrainingPreempted if stopping == 2 else TrainingInterrupted)(
+                f"Stopped after step {run.step} of {every.steps} and saved a checkpoint; the "
+                f"same command goes on from it (out={run.config.out})"
+            )
+
+    def _evaluate(self) -> None:
+        """Validate and score tasks, where that is due."""
+        run = self.run
+        if run.config.eval.mode != "inline":
+            return
+        if self._due(run.config.train.eval_every):
+            self._validate()
+        if self.tasks is not None and self._due(run.config.eval.every):
+            self._log({"kind": "tasks", **run.score(self.tasks)})
 
     def _stopping(self) -> int:
         """0: no. 1: Ctrl-C or should_stop. 2: preempted. If one rank stops, all do."""

@@ -1,11 +1,15 @@
-"""metrics.jsonl: one JSON object per line, of kind "train", "valid" or "tasks".
+"""metrics.jsonl: one JSON object per line, of kind "train", "valid", "tasks" or "layers".
 
-train: step, tokens, loss (nats per token of that step's batch), lr, grad_norm (before clipping),
+train: step, tokens, loss (nats per token of that step's batch; null if not finite), lr, grad_norm
+       (before clipping; null if not finite), skipped (steps left out so far, see spikes),
        tokens_per_second (since the last line, validation and saving not counted), seconds (of
-       training since step 0, over all its resumptions)
+       training since step 0, over all its resumptions), and the figures of observers.Speed
 valid: step, tokens, seconds, valid_loss (nats per token), valid_bits_per_byte (by the mean bytes
        per token of the validation data; null for a generated task)
 tasks: step, tokens, seconds, and "<task>/<metric>" for each figure of eval.tasks (null: not finite)
+layers: step, tokens, seconds, and the figures of layers.LayerStatistics by module
+
+With eval.mode process or job "valid" and "tasks" stand in eval.jsonl instead.
 """
 
 from __future__ import annotations
@@ -14,14 +18,21 @@ import json
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from attamba.data import MissingPackageError
+from attamba.config import RunConfig, to_dict
 from attamba.data.files import write_aside
+from attamba.train.sinks import Record, Sink, open_sinks
 
-Record = dict[str, Any]
-
-_NOT_PLOTTED = ("kind", "step")
+__all__ = [
+    "MetricsLog",
+    "Record",
+    "Unwritten",
+    "append_line",
+    "read_metrics",
+    "records_up_to",
+    "rewrite",
+]
 
 
 def read_metrics(path: str | Path) -> list[Record]:
@@ -45,38 +56,46 @@ def read_metrics(path: str | Path) -> list[Record]:
 
 
 class MetricsLog:
-    """Appends records to <run_dir>/metrics.jsonl and, if asked, to TensorBoard's event files.
+    """Keeps the records of a run and writes them to each of metrics.sinks.
 
     step: the step that the run goes on from. Records of later steps, which a killed run wrote
         after its last checkpoint, are cut; at step 0 that is all of them.
-    tensorboard: write <run_dir>/tensorboard too. Raises MissingPackageError (an ImportError that
-        names the extra) where tensorboard is not installed.
+
+    Raises MissingPackageError (an ImportError that names the extra) for a sink whose package is not
+    installed.
     """
 
-    def __init__(self, run_dir: Path, *, step: int, tensorboard: bool = False) -> None:
-        self._events = _event_writer(run_dir / "tensorboard", step) if tensorboard else None
-        path = run_dir / "metrics.jsonl"
-        written = read_metrics(path) if step and path.exists() else []
-        self.records = [record for record in written if record["step"] <= step]
-        """All records of the run."""
-        write_aside(path, "".join(map(_line, self.records)).encode())
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+    def __init__(self, run_dir: Path, *, step: int, config: RunConfig | None = None) -> None:
+        config = config or RunConfig()
+        names: list[str] = list(config.metrics.sinks)
+        if config.train.tensorboard and "tensorboard" not in names:
+            names.append("tensorboard")
+        self._sinks: list[Sink] = open_sinks(
+            names, run_dir, step=step, project=config.metrics.project, config=to_dict(config)
+        )
+        self.records: list[Record] = []
+        """All records of the run; without jsonl those of this call of train."""
+        if "jsonl" in names:
+            lines = JsonLines(run_dir / "metrics.jsonl", step)
+            self.records = lines.records
+            self._sinks.insert(0, lines)
 
     def write(self, record: Record) -> None:
-        """Append one record; a reader of the file sees the whole line at once."""
+        """Append one record."""
         self.records.append(record)
-        self._file.write(_line(record))
-        self._file.flush()
-        if self._events is not None:
-            for key, value in record.items():
-                if key not in _NOT_PLOTTED and value is not None:
-                    self._events.add_scalar(f"{record['kind']}/{key}", value, record["step"])
+        for sink in self._sinks:
+            sink.write(record)
+
+    def show(self, record: Record) -> None:
+        """A record that stands in another file, for the sinks that draw."""
+        for sink in self._sinks:
+            if not isinstance(sink, JsonLines):
+                sink.write(record)
 
     def sync(self) -> None:
         """Bring all records to the disk, before a checkpoint that vouches for them."""
-        os.fsync(self._file.fileno())
-        if self._events is not None:
-            self._events.flush()
+        for sink in self._sinks:
+            sink.sync()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -87,9 +106,28 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+class JsonLines:
+    """The file of records, cut to those up to `step`."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.records = records_up_to(path, step)
+        rewrite(path, self.records)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close
+
+    def write(self, record: Record) -> None:
+        """A reader of the file sees the whole line at once."""
+        self._file.write(_line(record))
+        self._file.flush()
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
         self._file.close()
-        if self._events is not None:
-            self._events.close()
 
 
 class Unwritten:
@@ -98,6 +136,9 @@ class Unwritten:
     records: ClassVar[list[Record]] = []
 
     def write(self, record: Record) -> None:
+        """Nothing."""
+
+    def show(self, record: Record) -> None:
         """Nothing."""
 
     def sync(self) -> None:
@@ -115,17 +156,24 @@ class Unwritten:
         """Nothing."""
 
 
+def records_up_to(path: Path, step: int) -> list[Record]:
+    """The records of a file up to this step; none at step 0, and where there is no file."""
+    written = read_metrics(path) if step and path.exists() else []
+    return [record for record in written if record["step"] <= step]
+
+
+def rewrite(path: Path, records: list[Record]) -> None:
+    """Put these records into a file, in the place of what it holds."""
+    write_aside(path, "".join(map(_line, records)).encode())
+
+
+def append_line(path: Path, record: Record) -> None:
+    """Add a record to a file of them; it is on the disk then."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(_line(record))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _line(record: Record) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
-
-
-def _event_writer(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingPackageError(
-            "train.tensorboard=true needs tensorboard, which is not installed; it comes with: "
-            "pip install 'attamba[train]'"
-        ) from error
-    # Events of later steps, written by a run that was killed, are hidden from the plots.
-    return SummaryWriter(str(folder), purge_step=step + 1)

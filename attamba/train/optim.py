@@ -84,6 +84,22 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The norm of all elements together; of DTensors that of the whole tensors, on every rank.
+
+    DTensors lie on all ranks together, which call this at once, whatever their placements.
+    """
+    tensors = list(tensors)
+    parts = [local(tensor).float() for tensor in tensors]
+    squares = torch.stack(torch._foreach_norm(parts)).square()
+    if not any(map(is_spread, tensors)):
+        return squares.sum().sqrt()
+    copies = torch.tensor([_copies(tensor) for tensor in tensors], device=squares.device)
+    total = (squares / copies).sum()
+    torch.distributed.all_reduce(total)
+    return total.sqrt()
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """Scale gradients to a norm of at most `limit`, in place; the norm before, over all of them.
 
@@ -92,19 +108,15 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     if not any(map(is_spread, parameters)):
         return torch.nn.utils.clip_grad_norm_(parameters, limit)
-    grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    norms = torch.stack(torch._foreach_norm([grad.float() for grad in grads]))
-    copies = torch.tensor([_copies(p) for p in parameters], device=norms.device)
-    total = (norms.square() / copies).sum()
-    torch.distributed.all_reduce(total)
-    norm = total.sqrt()
-    torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = total_norm(grads)
+    torch._foreach_mul_(list(map(local, grads)), (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
-def _copies(parameter: Any) -> int:
+def _copies(tensor: Any) -> int:
     """Ranks that hold the same part of a DTensor."""
-    sizes = zip(parameter.device_mesh.shape, parameter.placements)
+    sizes = zip(tensor.device_mesh.shape, tensor.placements)
     return math.prod(size for size, placement in sizes if placement.is_replicate())
 
 

@@ -21,8 +21,8 @@ class Silent:
     def start(self, step: int, steps: int) -> None:
         """Training goes on from `step` of `steps`."""
 
-    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """A step is done."""
+    def step(self, step: int, loss: float | None, tokens_per_second: float) -> None:
+        """A step is done; on a GPU one in some. loss: None where it is not finite."""
 
     def record(self, record: Record) -> None:
         """A line was written to the metrics."""
@@ -42,14 +42,16 @@ class Lines(Silent):
 
     def record(self, record: Record) -> None:
         head = f"step {record['step']}/{self._steps}"
+        if record["kind"] in ("valid", "tasks"):
+            self.say(f"{head}  {scores(record)}")
         if record["kind"] != "train":
-            self.say(f"{head}  {_scores(record)}")
             return
         rate = record["tokens_per_second"]
         left = (self._steps - record["step"]) * (record["tokens"] / record["step"]) / rate
         self.say(
-            f"{head}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
-            f"grad norm {record['grad_norm']:.2f}  {rate:,.0f} tokens/s  {clock(left)} left"
+            f"{head}  loss {_told(record['loss'], '.4f')}  lr {record['lr']:.2e}  "
+            f"grad norm {_told(record['grad_norm'], '.2f')}  {_skipped(record)}"
+            f"{rate:,.0f} tokens/s  {clock(left)} left"
         )
 
     def say(self, text: str) -> None:
@@ -66,17 +68,17 @@ class Bar(Silent):
     def start(self, step: int, steps: int) -> None:
         self._bar.reset(self._task, total=steps, completed=step)
 
-    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+    def step(self, step: int, loss: float | None, tokens_per_second: float) -> None:
         self._bar.update(
             self._task,
             completed=step,
-            loss=f"loss {loss:.3f}",
+            loss=f"loss {_told(loss, '.3f')}",
             rate=f"{tokens_per_second:,.0f} tokens/s",
         )
 
     def record(self, record: Record) -> None:
-        if record["kind"] != "train":
-            self.say(f"step {record['step']}  {_scores(record)}")
+        if record["kind"] in ("valid", "tasks"):
+            self.say(f"step {record['step']}  {scores(record)}")
 
     def say(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False)
@@ -112,7 +114,15 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def _scores(record: Record) -> str:
+def _told(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
+
+
+def _skipped(record: Record) -> str:
+    return f"{record['skipped']} skipped  " if record["skipped"] else ""
+
+
+def scores(record: Record) -> str:
     """A record of validation or of tasks."""
     if record["kind"] == "tasks":
         figures = {key: value for key, value in record.items() if "/" in key}

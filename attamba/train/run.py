@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attamba.config import RunConfig
 from attamba.data import UNSCORED, Batch
 from attamba.models import Decoder, build_model
+from attamba.train import losses
 from attamba.train.checkpoint import restore, save_about, save_checkpoint
 from attamba.train.chunk_sizes import draw_size, set_chunk_size
 from attamba.train.distributed import Ranks
+from attamba.train.guard import Guard, n_skipped, step_unless
 from attamba.train.optim import build_optimizer, clip_gradients, local, lr_at
-from attamba.train.parallelize import parallelize, reduce_on_last, reshard, tensor_ranks
+from attamba.train.parallelize import Forward, parallelize, reduce_on_last, reshard, tensor_ranks
+from attamba.train.phases import Phases
 from attamba.train.run_folder import check_same_data
 from attamba.train.sources import Rows, Sources
 from attamba.train.storage import list_checkpoints, remove_old
@@ -30,15 +32,17 @@ from attamba.train.watchdog import Watchdog
 if TYPE_CHECKING:
     from attamba.harness import Tasks
     from attamba.train.sharded import Saver
+    from attamba.train.tensor import TensorRanks
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss, a gradient or a weight stopped being finite; no weight or file holds that step."""
+    """Losses or gradients are not finite or jump, or a weight is not finite; no file holds it."""
 
     def __init__(self, what: str, *, step: int, config: RunConfig) -> None:
         checkpoints = list_checkpoints(config.out)
         self.step = step
-        """The step, counted from 1, that could not be taken or kept."""
+        """The step, counted from 1, that could not be taken or kept; where training does not wait
+        for the device, the last one before it looked."""
         self.checkpoint = checkpoints[-1] if checkpoints else None
         """The last good checkpoint, if one was written."""
         kept = f"The last good checkpoint is {self.checkpoint}"
@@ -68,21 +72,33 @@ class Run:
         self.tensor_ranks = tensor_ranks(ranks.mesh)
         watchdog.follow(self.model)
         self.optimizer = build_optimizer(self.model, config.optim)
+        self.nats = _nats(self.tensor_ranks, config.train.compile)
+        self.guard = Guard(config.spikes, self.device)
+        self.phases = Phases(self.device)
         self.saver = None if ranks.alone else _open_saver(ranks, config)
         self.rows = config.data.batch_size // ranks.share[1] // config.train.accumulate
         self.step = self.tokens = 0
         self.seconds = 0.0
+        self.chunk_size: int | None = None
+        """P of the last step, where train.chunk_sizes draws it."""
+        self.batch: Batch | None = None
+        """This rank's rows of the last step."""
+        self.pending = torch.zeros(2, device=self.device)
+        """Loss and gradient norm of the last step, on the device."""
 
     def resume(self, checkpoint: Path) -> None:
         state = restore(checkpoint, self.model, self.optimizer, self.device)
         check_same_data(state["data"], self.sources.fingerprints, Path(self.config.out))
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        if "skips" in state:  # older checkpoints have none
+            self.guard.restore(state["skips"])
 
     def save(self) -> None:
         """Write a checkpoint, or begin to on several ranks.
 
-        Raises TrainingDiverged if a weight is not finite.
+        Raises TrainingDiverged as `read` does, and if a weight is not finite.
         """
+        self.read()
         self._check_finite()
         about: dict[str, Any] = {
             "step": self.step,
@@ -91,6 +107,7 @@ class Run:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "data": self.sources.fingerprints,
+            "skips": self.guard.state(),
         }
         if self.saver is None:
             save_checkpoint(self.config.out, model=self.model, optimizer=self.optimizer, **about)
@@ -122,29 +139,48 @@ class Run:
         if self.saver is not None:
             self.saver.wait()
 
-    def take_step(self) -> dict[str, float]:
-        """One optimizer step; loss, lr and grad_norm of it. Raises TrainingDiverged."""
+    def take_step(self) -> None:
+        """One optimizer step, without waiting for the device: `read` tells how it went."""
         began = time.perf_counter()
         self.watchdog.beat(f"reading the rows of step {self.step + 1}")
-        batch = self.sources.train.batch(self.step)
+        with self.phases("data", on_host=True):
+            batch = self.batch = self.sources.train.batch(self.step)
         self.watchdog.beat(f"step {self.step + 1}")
         self.model.set_draw(self.step)
         self.optimizer.zero_grad()
-        with self._drawn_chunks():
-            mean_loss = self.gradients(batch)
-        # One wait for the device per step: nothing that is not finite may reach the weights.
-        loss, norm = torch.stack([mean_loss, self._clip()]).tolist()
-        for what, value in (("the loss", loss), ("the gradient norm", norm)):
-            if not math.isfinite(value):
-                raise TrainingDiverged(f"{what} is {value}", step=self.step + 1, config=self.config)
-        lr = lr_at(self.step, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        with self.drawn_chunks():
+            loss = self.gradients(batch)
+        with self.phases("optimizer"):
+            self.pending = torch.stack([loss, self._clip()])
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr_at(self.step, self.config)
+            # Nothing that is not finite may reach the weights.
+            step_unless(self.optimizer, self.guard.judge(*self.pending))
         self.step += 1
         self.tokens += batch.inputs.size * self.ranks.share[1]
         self.seconds += time.perf_counter() - began
-        return {"loss": loss, "lr": lr, "grad_norm": norm}
+
+    def read(self) -> dict[str, Any]:
+        """Figures of the last step, for which it waits: loss and grad_norm (None where not finite),
+        lr, and skipped, the steps left out so far.
+
+        Raises TrainingDiverged where spikes.max_in_a_row or spikes.max_skipped is reached.
+        """
+        began = time.perf_counter()
+        both = torch.cat([self.pending.double(), self.guard.counts.double()]).tolist()
+        self.seconds += time.perf_counter() - began
+        (loss, norm), counts = both[:2], [int(count) for count in both[2:]]
+        limit = self.guard.reached(counts)
+        if limit is not None:
+            what = f"the loss is {loss}" if math.isfinite(norm) else f"the gradient norm is {norm}"
+            what = f"the loss is {loss}" if not math.isfinite(loss) else what
+            raise TrainingDiverged(f"{what}, and {limit}", step=self.step, config=self.config)
+        return {
+            "loss": loss if math.isfinite(loss) else None,
+            "lr": lr_at(self.step - 1, self.config),
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "skipped": n_skipped(counts),
+        }
 
     def gradients(self, batch: Batch) -> Tensor:
         """Add the gradient of the mean loss over the targets of all ranks; return that loss.
@@ -157,24 +193,27 @@ class Run:
         batch = self._own(batch)
         total = torch.zeros((), device=self.device)
         scored = self.ranks.count(batch.n_scored)
-        parts = list(self._parts(batch))
+        parts = list(losses.parts(batch, self.rows))
         for number, part in enumerate(parts, 1):
             reduce_on_last(self.model, number == len(parts))
-            loss = self._loss_sum(part) / scored
-            # Sharding averages gradients over ranks, and the mean is over the targets of all. Ranks
-            # that share layers count the same targets, each of them, and so cancel out.
-            (loss * self.ranks.size).backward()
+            with self.phases("forward"):
+                loss = self._loss_sum(part) / scored
+            with self.phases("backward"):
+                # Sharding averages gradients over ranks, and the mean is over the targets of all.
+                # Ranks that share layers count the same targets, each of them, and so cancel out.
+                (loss * self.ranks.size).backward()
             total += loss.detach()
         return self.ranks.sum(total)
 
     @contextmanager
-    def _drawn_chunks(self) -> Iterator[None]:
+    def drawn_chunks(self) -> Iterator[None]:
         """The chunk size of this step, where there are several to draw from."""
         sizes = self.config.train.chunk_sizes
         if sizes is None:
             yield
             return
-        set_chunk_size(self.model, draw_size(sizes, self.config.train.seed, self.step))
+        self.chunk_size = draw_size(sizes, self.config.train.seed, self.step)
+        set_chunk_size(self.model, self.chunk_size)
         yield
         set_chunk_size(self.model, None)
 
@@ -184,6 +223,7 @@ class Run:
 
         Ranks share the rows, and all return the same.
         """
+        self.read()  # what the device is still at is training's time, not this
         windows = self.sources.valid_windows(self.config.train.eval_rows)
         if not windows:
             return None
@@ -191,7 +231,7 @@ class Run:
         batch = self._own(_every_nth(self.sources.valid, windows, *self.ranks.share))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.model.eval()
-        for part in self._parts(batch):
+        for part in losses.parts(batch, self.rows):
             self.watchdog.beat(f"validation after step {self.step}")
             total += self._loss_sum(part)
         self.model.train()
@@ -202,31 +242,14 @@ class Run:
         """Figures of tasks, by the weights as a checkpoint saves them (without autocast)."""
         from attamba.harness import AttambaLM, figures, run_tasks
 
+        self.read()
         context = self.config.data.seq_len
         lm = AttambaLM(self.model, self.sources.tokenizer, context=context, batch_size=self.rows)
         return figures(run_tasks(lm, tasks, limit=self.config.eval.limit, stderr=False))
 
     def _loss_sum(self, batch: Batch) -> Tensor:
         """Summed cross entropy in nats, in float32 whatever the model computes in."""
-        inputs, targets, doc_ids = (
-            torch.from_numpy(array).to(self.device)
-            for array in (batch.inputs, batch.targets, batch.doc_ids)
-        )
-        mixed = self.config.train.dtype == "bfloat16"
-        # Gathered parameters come and go: their casts must not stay behind in autocast's cache.
-        with torch.autocast(
-            self.device.type,
-            dtype=torch.bfloat16,
-            enabled=mixed,
-            cache_enabled=self.ranks.alone,
-        ):
-            logits = self.forward(inputs, doc_ids=doc_ids if self.config.data.doc_mask else None)
-        logits, targets = logits.float().flatten(0, 1), targets.flatten()
-        if self.tensor_ranks is not None:
-            from attamba.train.tensor import cross_entropy_sum
-
-            return cross_entropy_sum(logits, targets, UNSCORED, self.tensor_ranks)
-        return F.cross_entropy(logits, targets, reduction="sum", ignore_index=UNSCORED)
+        return self.nats(self.logits(batch, self.forward), losses.sent(batch.targets, self.device))
 
     def _own(self, batch: Batch) -> Batch:
         """Targets of this rank's tokens alone, where several share the rows."""
@@ -235,15 +258,29 @@ class Run:
             return batch
         return replace(batch, targets=batch.targets[:, ranks.span(batch.targets.shape[1])])
 
-    def _parts(self, batch: Batch) -> Iterator[Batch]:
-        for i in range(0, len(batch.inputs), self.rows):
-            part = slice(i, i + self.rows)
-            yield Batch(batch.inputs[part], batch.targets[part], batch.doc_ids[part])
+    def logits(self, batch: Batch, forward: Forward) -> Tensor:
+        """What `forward`, the model or a compiled one, says of the rows; [rows, T, V]."""
+        # Gathered parameters come and go: their casts must not stay behind in autocast's cache.
+        alone = self.ranks.alone
+        return losses.logits(forward, batch, self.config, self.device, keep_casts=alone)
 
     def _clip(self) -> Tensor:
         """The gradient norm over all parameters, before clipping to optim.grad_clip."""
         limit = self.config.optim.grad_clip or math.inf
         return clip_gradients(self.model.parameters(), limit)
+
+
+def _nats(tensor_ranks: TensorRanks | None, compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """losses.nats, also of logits whose vocabulary ranks share."""
+    if tensor_ranks is None:
+        return torch.compile(losses.nats) if compiled else losses.nats
+    from attamba.train.tensor import cross_entropy_sum
+
+    def nats(logits: Tensor, targets: Tensor) -> Tensor:
+        logits = logits.float().flatten(0, 1)
+        return cross_entropy_sum(logits, targets.flatten(), UNSCORED, tensor_ranks)
+
+    return nats
 
 
 def _every_nth(rows: Rows, windows: list[int], rank: int, n: int) -> Batch:

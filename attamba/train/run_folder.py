@@ -1,7 +1,8 @@
 """The folder of a run: one process at a time, one configuration for its whole life.
 
 <out>/config.json, metrics.jsonl, checkpoints/ (see checkpoint.py), data/ (text prepared on the
-fly), tensorboard/ (if asked for).
+fly); as they are asked for tensorboard/, profile/, tracking.json (name of the run in wandb and
+trackio), eval.jsonl and eval.log (see follow.py).
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ FREE = frozenset(
         "eval.tasks",
         "eval.every",
         "eval.limit",
+        "eval.mode",
+        "eval.device",
+        "spikes.max_in_a_row",
+        "spikes.max_skipped",
         "train.accumulate",
         "parallel.replicate",
         "parallel.shard",
@@ -49,7 +54,13 @@ FREE = frozenset(
         "parallel.hang_timeout",
     }
 )
-"""Keys that may change on resume: no weight depends on them, but for the order of sums."""
+"""Keys that may change on resume: no weight depends on them, but for the order of sums, or before
+training ends."""
+
+
+def is_free(key: str) -> bool:
+    """May this key change on resume?"""
+    return key in FREE or key.partition(".")[0] in ("metrics", "profile")
 
 
 @contextmanager
@@ -76,6 +87,38 @@ def lock(run_dir: Path) -> Iterator[None]:
                 f"it, or set another out"
             ) from error
         yield
+
+
+STATUS = "status.json"
+
+
+@contextmanager
+def told_status(run_dir: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep <run_dir>/status.json while entered: {"state": ...}, for those who look from outside.
+
+    training (also where the process was killed), then done, diverged, stopped (the same command
+    goes on) or failed.
+    """
+    from attamba.train.interrupt import TrainingInterrupted
+    from attamba.train.run import TrainingDiverged
+
+    def tell(state: str) -> None:
+        if ranks.is_main:
+            write_json(run_dir / STATUS, {"state": state})
+
+    tell("training")
+    try:
+        yield
+    except TrainingDiverged:
+        tell("diverged")
+        raise
+    except TrainingInterrupted:
+        tell("stopped")
+        raise
+    except BaseException:
+        tell("failed")
+        raise
+    tell("done")
 
 
 def open_run_folder(
@@ -169,7 +212,7 @@ def _check_same(saved: RunConfig, config: RunConfig, run_dir: Path) -> None:
 def _may_change(key: str, value: Any) -> bool:
     # A prepared folder may move: its content is compared by fingerprint (check_same_data).
     moved = key in ("data.train", "data.valid") and isinstance(value, str) and is_prepared(value)
-    return key in FREE or moved
+    return is_free(key) or moved
 
 
 def dotted(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -76,7 +76,7 @@ def remove_leftovers(run_dir: Path) -> None:
     folders = ("checkpoints/.tmp-*", "data/.*.partial", "data/.*.old")
     for leftover in [path for pattern in folders for path in run_dir.glob(pattern)]:
         shutil.rmtree(leftover)
-    for pattern in (".config.json.*", ".metrics.jsonl.*"):
+    for pattern in (".*.json.*", ".*.jsonl.*"):
         for leftover in run_dir.glob(pattern):
             leftover.unlink()
 

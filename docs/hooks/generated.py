@@ -59,14 +59,19 @@ def configuration() -> str:
     """Every key of a run's configuration: a table for each section, mixer and policy."""
     parts = ["## The run", table(config.RunConfig, "")]
     for field in dataclasses.fields(config.RunConfig):
-        section = typing.get_type_hints(config.RunConfig)[field.name]
-        if dataclasses.is_dataclass(section):
+        section = section_of(typing.get_type_hints(config.RunConfig)[field.name])
+        if section is not None:
             parts += [f"## {field.name}", summary(section), table(section, f"{field.name}.")]
         if section is config.ModelConfig:
             for name, mixer in config.MIXERS.items():
                 parts += [f"### mixer: {name}", summary(mixer), table(mixer, "mixer.")]
             parts += ["### Boundary policies", policies()]
     return "\n\n".join(parts)
+
+
+def section_of(hint: Any) -> type | None:
+    """The dataclass that a key of a run takes, alone or beside other values."""
+    return next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None)
 
 
 def table(cls: type, prefix: str) -> str:

@@ -70,6 +70,6 @@ def test_no_tensorboard_unless_asked_for(make_config):
 
 def test_a_missing_tensorboard_is_named_before_training(make_config, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    text = r"train\.tensorboard=true needs tensorboard.*pip install 'attamba\[train\]'"
+    text = r"tensorboard in metrics\.sinks needs tensorboard.*pip install 'attamba\[train\]'"
     with pytest.raises(MissingPackageError, match=text):
         train(make_config({"train.tensorboard": True}))

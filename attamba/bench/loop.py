@@ -1,0 +1,198 @@
+"""`attamba bench loop`: training as `attamba train` does it, against a bare step.
+
+The loop runs with all it has: rows read from a prepared folder, documents apart, metrics to JSON
+lines and TensorBoard, statistics of layers, steps that jump left out; on a GPU bfloat16 and
+compiled. The bare step is forward, backward, clipping and AdamW of the same model on rows that lie
+on the device. Both live in one process and take steps in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from attamba.bench import common
+from attamba.config import ConfigError, RunConfig, load_run_config
+from attamba.display import format_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+PHASES = ("data", "forward", "backward", "optimizer")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `attamba bench loop`."""
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="CONFIG key=value",
+        help="YAML files of runs, one after the other, then keys that differ from all of them",
+    )
+    parser.add_argument(
+        "--lengths", default="2k,16k", help="tokens of a row, comma-separated (default: 2k,16k)"
+    )
+    parser.add_argument("--tokens", default="64k", help="tokens of a step (default: 64k)")
+    parser.add_argument("--pass-tokens", default="32k", help="of a forward pass (default: 32k)")
+    parser.add_argument("--steps", type=int, default=100, help="timed, of each (default: 100)")
+    parser.add_argument(
+        "--layers-every", type=int, default=100, help="metrics.layers_every (default: 100)"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ..."
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print a table, and write --json. Returns the exit status."""
+    paths = [word for word in args.overrides if "=" not in word]
+    overrides = [word for word in args.overrides if "=" in word]
+    if not paths:
+        raise ConfigError("name a CONFIG at least: configs/paper/attamba-p8.yaml")
+    lengths = common.parse_lengths(args.lengths)
+    configs = [
+        (Path(path).stem, length, _config(path, overrides, length, args))
+        for path in paths
+        for length in lengths
+    ]
+    device = common.set_up(args.device, args.threads)
+    record: dict[str, Any] = {
+        "benchmark": "loop",
+        "settings": {
+            "tokens_per_step": common.parse_lengths(args.tokens)[0],
+            "tokens_per_pass": common.parse_lengths(args.pass_tokens)[0],
+            "steps": args.steps,
+            "layers_every": args.layers_every,
+        },
+        "environment": common.environment(device),
+        "rows": [],
+    }
+    for name, length, config in configs:
+        print(f"loop: {name}, {length} tokens a row ...", flush=True)
+        row = {"config": name, "length": length, "batch_size": config.data.batch_size}
+        record["rows"].append(row | measure(config, device, args.steps))
+        common.save(args.json, record)
+    for table in tables(record):
+        print(f"\n{table}")
+    common.save(args.json, record)
+    return 0
+
+
+def _config(path: str, overrides: list[str], length: int, args: argparse.Namespace) -> RunConfig:
+    """The run at `path` with rows of this length, and all that the loop can do."""
+    tokens, part = (common.parse_lengths(text)[0] for text in (args.tokens, args.pass_tokens))
+    rows = max(1, tokens // length)
+    sinks = ["jsonl"]
+    if importlib.util.find_spec("tensorboard") is not None:
+        sinks.append("tensorboard")
+    keys: dict[str, Any] = {
+        "data.seq_len": length,
+        "data.batch_size": rows,
+        "data.valid_fraction": 0,
+        "train.accumulate": -(-rows // max(1, part // length)),
+        "train.steps": 10**9,
+        "train.eval_every": 0,
+        "train.save_every": 0,
+        "train.progress": "false",
+        "metrics.sinks": f"[{','.join(sinks)}]",
+        "metrics.layers_every": args.layers_every,
+        "spikes.threshold": 10,
+    }
+    return load_run_config(path, [*(f"{key}={value}" for key, value in keys.items()), *overrides])
+
+
+def measure(config: RunConfig, device: torch.device, steps: int) -> dict[str, Any]:
+    """Figures of one row; `config` gets the device, and a folder and a text for the time being."""
+    import torch
+
+    from attamba.bench.bare import bare_step, write_text
+    from attamba.models.accounting import n_parameters
+    from attamba.train.loop import open_loop
+
+    on_cuda = device.type == "cuda"
+    config.train.device = str(device)
+    if on_cuda:
+        config.train.dtype, config.train.compile = "bfloat16", True
+        torch.cuda.reset_peak_memory_stats(device)
+    turn = config.train.log_every
+    with TemporaryDirectory() as folder:
+        config.out, config.data.train = f"{folder}/run", write_text(folder, config)
+        held = torch.cuda.memory_allocated(device) if on_cuda else 0
+        with open_loop(config) as loop:
+            for _ in range(turn):
+                loop.step()
+            common.synchronize(device)
+            peak = torch.cuda.max_memory_allocated(device) - held if on_cuda else None
+            assert loop.run.batch is not None
+            bare = bare_step(config, loop.run.batch, device)
+            for _ in range(turn):
+                bare()
+            loop.metrics.records.clear()
+            taken: dict[str, list[float]] = {"loop": [], "bare": []}
+            for _ in range(-(-steps // turn)):
+                for name, step in (("loop", loop.step), ("bare", bare)):
+                    taken[name].append(_turn(step, turn, device))
+            records = [r for r in loop.metrics.records if r["kind"] == "train"]
+    if on_cuda:
+        torch.compiler.reset()
+    figures = {"parameters": n_parameters(config.model), "dtype": config.train.dtype}
+    return figures | {"compile": config.train.compile, "peak_bytes": peak} | _summed(taken, records)
+
+
+def _turn(step: Any, turn: int, device: torch.device) -> float:
+    """Milliseconds of a step, the mean of a turn."""
+
+    def steps() -> None:
+        for _ in range(turn):
+            step()
+
+    return common.seconds(steps, device) / turn * 1e3
+
+
+def _summed(taken: dict[str, list[float]], records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What turns and training's own records say."""
+    spent = {name: statistics.fmean(times) for name, times in taken.items()}
+    rates = [1 / r["tokens_per_second"] for r in records]
+    mean = {f"{n}_share": statistics.fmean(r[f"{n}_share"] for r in records) for n in PHASES}
+    known = [r["mfu"] for r in records if r["mfu"] is not None]
+    plain = {name: statistics.median(times) for name, times in taken.items()}
+    return {
+        "tokens_per_second": 1 / statistics.fmean(rates),
+        "mfu": statistics.fmean(known) if known else None,
+        **mean,
+        "loop_ms": spent["loop"],
+        "bare_ms": spent["bare"],
+        "overhead": spent["loop"] / spent["bare"] - 1,
+        "overhead_median": plain["loop"] / plain["bare"] - 1,
+        "turns_ms": taken,
+    }
+
+
+def tables(record: dict[str, Any]) -> list[common.Table]:
+    """A record that run() made, as tables: speed, and the loop against the bare step."""
+    speeds, against = [], []
+    for row in record["rows"]:
+        name = f"{row['config']}, {row['batch_size']} x {row['length']:,}"
+        mfu, peak = row["mfu"], row["peak_bytes"]
+        speeds.append(
+            [name, f"{row['parameters'] / 1e6:.1f} M", f"{row['tokens_per_second']:,.0f}"]
+            + ["-" if mfu is None else f"{mfu:.1%}", "-" if peak is None else format_bytes(peak)]
+            + [f"{row[f'{phase}_share']:.1%}" for phase in PHASES]
+        )
+        against.append(
+            [name, *(f"{row[f'{step}_ms']:.2f} ms" for step in ("loop", "bare"))]
+            + [f"{row[figure]:+.1%}" for figure in ("overhead", "overhead_median")]
+        )
+    speed = ["run", "parameters", "tokens/s", "MFU", "peak memory", *PHASES]
+    loop = ["run", "loop's step", "bare step", "overhead", "of the median turn"]
+    return [
+        common.Table("training, and the share of each part in its time", speed, speeds),
+        common.Table("training against a bare step", loop, against),
+    ]

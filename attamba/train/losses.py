@@ -1,0 +1,62 @@
+"""A model over rows of tokens, as training runs it, and their cross entropy.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attamba.config import RunConfig
+from attamba.data import UNSCORED, Batch
+
+
+def logits(
+    forward: Callable[..., Tensor],
+    batch: Batch,
+    config: RunConfig,
+    device: torch.device,
+    *,
+    keep_casts: bool = True,
+) -> Tensor:
+    """[B, T, V], in the precision of train.dtype, documents apart if data.doc_mask says so.
+
+    forward: the model, or what was made of it.
+    keep_casts: let autocast keep what it cast until the end of the pass; not for parameters that
+        come and go.
+    """
+    doc_ids = sent(batch.doc_ids, device) if config.data.doc_mask else None
+    with torch.autocast(
+        device.type,
+        dtype=torch.bfloat16,
+        enabled=config.train.dtype == "bfloat16",
+        cache_enabled=keep_casts,
+    ):
+        return forward(sent(batch.inputs, device), doc_ids=doc_ids)
+
+
+def nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross entropy, float32, of logits [B, T, V]; UNSCORED targets [B, T] are left out."""
+    return F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=UNSCORED
+    )
+
+
+def parts(batch: Batch, rows: int) -> Iterator[Batch]:
+    """The batch in parts of `rows` rows."""
+    for i in range(0, len(batch.inputs), rows):
+        part = slice(i, i + rows)
+        yield Batch(batch.inputs[part], batch.targets[part], batch.doc_ids[part])
+
+
+def sent(array: np.ndarray, device: torch.device) -> Tensor:
+    """On the device. From pinned memory, or the host would wait until a GPU is idle."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -1,0 +1,121 @@
+"""The training loop on CUDA: it does not wait for the device, and measures what it does there."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from attamba.config import RunConfig, apply_overrides, from_dict
+from attamba.train import train
+from attamba.train.loop import open_loop
+from attamba.train.phases import PHASES, Phases
+from attamba.train.run import Run
+
+TREE: dict[str, Any] = {
+    "model": {"dim": 128, "n_layers": 2, "mixer": {"n_heads": 2, "chunk_size": 4}},
+    "data": {"seq_len": 128, "batch_size": 4, "valid_fraction": 0.1},
+    "train": {"steps": 12, "device": "cuda", "dtype": "bfloat16", "log_every": 4, "eval_rows": 4},
+}
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """make_config({"optim.lr": 1e-3}): a tiny run on the GPU."""
+    words = ["the", "cat", "dog", "sees", "and", "then"]
+    draw = random.Random(0)
+    for i in range(20):  # rows hold several documents
+        text = " ".join(draw.choice(words) for _ in range(300))
+        (tmp_path / f"{i}.txt").write_text(text)
+
+    def make(overrides: dict[str, Any] | None = None, out: str = "run") -> RunConfig:
+        keys = {"data.train": [str(p) for p in tmp_path.glob("*.txt")], "train.progress": False}
+        tree = apply_overrides(TREE, {**keys, "out": str(tmp_path / out), **(overrides or {})})
+        return from_dict(RunConfig, tree)
+
+    return make
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("threshold", [None, 10.0])
+def test_a_step_does_not_wait_for_the_device(make_config, compiled, threshold):
+    change = {"train.compile": compiled, "spikes.threshold": threshold, "train.accumulate": 2}
+    with open_loop(make_config(change)) as loop:
+        for _ in range(3):
+            loop.run.take_step()  # compiles, and makes the optimizer's state
+        loop.run.read()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                loop.run.take_step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert loop.run.read()["skipped"] == 0
+
+
+def test_records_have_what_a_gpu_has(make_config):
+    config = make_config({"metrics.layers_every": 4, "metrics.peak_tflops": 100.0})
+    records = train(config).metrics
+    for record in (r for r in records if r["kind"] == "train"):
+        assert 0 < record["mfu"] < 1
+        assert record["memory_bytes"] <= record["memory_peak_bytes"]
+        assert record["memory_bytes"] <= record["memory_reserved_bytes"]
+        shares = [record[f"{name}_share"] for name in PHASES]
+        assert all(share > 0 for share in shares) and sum(shares[1:]) <= 1.01
+    layers = [r for r in records if r["kind"] == "layers"]
+    assert [r["step"] for r in layers] == [4, 8, 12]
+    assert all(0 < share < 1 for share in layers[0]["past_share"].values())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_are_the_same_compiled_and_on_a_cpu(make_config, compiled):
+    change = {"metrics.layers_every": 1, "train.steps": 1, "train.dtype": "float32"}
+    on = {"train.compile": compiled, "train.device": "cuda"}
+    found = train(make_config(change | on, out="gpu")).metrics
+    wanted = train(make_config(change | {"train.device": "cpu"}, out="cpu")).metrics
+    (gpu,), (cpu,) = ([r for r in x if r["kind"] == "layers"] for x in (found, wanted))
+    for name in ("activation_rms", "grad_norm", "attention_entropy", "past_share"):
+        assert gpu[name] == pytest.approx(cpu[name], rel=0.02), name
+
+
+def test_a_step_that_is_not_finite_is_left_out(make_config, monkeypatch):
+    plain = Run._loss_sum
+
+    def loss_sum(self: Run, batch: Any) -> torch.Tensor:
+        bad = self.model.training and self.step == 5
+        return plain(self, batch) * (math.nan if bad else 1.0)
+
+    monkeypatch.setattr(Run, "_loss_sum", loss_sum)
+    records = [r for r in train(make_config()).metrics if r["kind"] == "train"]
+    assert [r["skipped"] for r in records] == [0, 1, 1]
+    assert all(math.isfinite(r["loss"]) for r in records)
+
+
+def test_phases_are_measured_on_the_device():
+    phases, device = Phases(torch.device("cuda")), torch.device("cuda")
+    x = torch.randn(4096, 4096, device=device)
+    x @ x
+    torch.cuda.synchronize()
+    with phases("forward"):
+        for _ in range(20):
+            x @ x
+    with phases("backward"):
+        x @ x
+    torch.cuda.synchronize()
+    found = phases.take()
+    assert found["forward"] > 5 * found["backward"] > 0
+
+
+def test_a_profile_has_kernels_and_a_snapshot_of_the_memory(make_config):
+    result = train(make_config({"profile": {"wait": 2, "steps": 2}}))
+    folder = result.run_dir / "profile"
+    events = json.loads((folder / "trace-step-00000003.json").read_text())["traceEvents"]
+    assert {"forward", "backward", "optimizer"} <= {e.get("name") for e in events}
+    assert any(e.get("cat") == "kernel" for e in events)
+    snapshot = pickle.loads((folder / "memory-step-00000003.pickle").read_bytes())
+    assert snapshot["segments"] and any(snapshot["device_traces"])
