@@ -144,20 +144,33 @@ def _watched(model: nn.Module, figures: Figures, queries: int) -> Iterator[None]
                 figures["activation_rms"][module] = values.square().mean()
                 figures["activation_absmax"][module] = values.abs().max()
 
-            def look(mixer: Any, inputs: Any, module: str = module) -> None:
-                x, span, _, given = inputs
-                seen = mixer.attention_inputs(x, span, given)
-                if seen is not None:
-                    found = attention_figures(seen, span.doc_ids, queries)
-                    for figure, value in found.items():
-                        figures[figure][module] = value
-
             mixer = layer.get_submodule("mixer")
             assert isinstance(mixer, TimeMixer)
             hooks.enter_context(layer.register_forward_hook(note))
-            if queries:
-                hooks.enter_context(mixer.register_forward_pre_hook(look))
+            if queries and hasattr(mixer, "wo"):
+                _watch_attention(mixer, figures, queries, module, hooks)
         yield
+
+
+def _watch_attention(
+    mixer: TimeMixer, figures: Figures, queries: int, module: str, hooks: ExitStack
+) -> None:
+    """Note attention_figures when the mixer comes to its output projection.
+
+    Within its forward pass, where its parameters are those that it computes with.
+    """
+    given: list[Any] = []
+
+    def look(*_: Any) -> None:
+        x, span, _, ends = given[0]
+        seen = mixer.attention_inputs(x, span, ends)
+        if seen is not None:
+            for figure, value in attention_figures(seen, span.doc_ids, queries).items():
+                figures[figure][module] = value
+
+    keep = mixer.register_forward_pre_hook(lambda _, inputs: given.append(inputs))
+    hooks.enter_context(keep)
+    hooks.enter_context(mixer.get_submodule("wo").register_forward_pre_hook(look))
 
 
 def attention_figures(
