@@ -24,6 +24,7 @@ from attamba.data import (
     train_bpe,
 )
 from attamba.data.files import write_json
+from attamba.data.workers import usable_cores
 from attamba.display import columns, format_bytes
 
 if TYPE_CHECKING:
@@ -366,7 +367,7 @@ def _need_transformers() -> None:
 
 
 def data_prepare(args: argparse.Namespace) -> int:
-    """`attamba data prepare OUT PATHS...`."""
+    """`attamba data prepare OUT SOURCES...`."""
     count = _counter("tokens")
     dataset = prepare(
         args.paths,
@@ -375,11 +376,28 @@ def data_prepare(args: argparse.Namespace) -> int:
         split_on=args.split_on,
         text_key=args.text_key,
         shard_tokens=args.shard_tokens,
+        max_tokens=args.max_tokens,
+        skip_bad=args.skip_bad,
+        workers=usable_cores() if args.workers is None else args.workers,
         progress=lambda documents, tokens, size: count(tokens),
     )
+    bad = dataset.manifest["n_bad"]
     print(
         f"{args.out}: {dataset.n_documents:,} documents, {dataset.n_tokens:,} tokens, "
         f"{dataset.n_bytes:,} bytes, vocabulary {dataset.vocab_size:,}"
+        + (f"; {bad:,} records that are no text were passed over" if bad else "")
+    )
+    return 0
+
+
+def data_verify(args: argparse.Namespace) -> int:
+    """`attamba data verify DIR`."""
+    dataset = TokenDataset.open(args.folder)
+    dataset.verify(_counter("bytes"))
+    n_bytes = sum(entry["bytes"] for entry in dataset.manifest["files"].values())
+    print(
+        f"{args.folder}: {len(dataset.manifest['files']):,} files, {n_bytes:,} bytes, all as they "
+        f"were written"
     )
     return 0
 

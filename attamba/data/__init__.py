@@ -7,8 +7,9 @@ batch = Batches(dataset, seq_len=1024, batch_size=16, seed=0).batch(step=0)
 
 from .errors import DataError, MissingPackageError
 from .loader import UNSCORED, Batch, Batches
+from .prepare import prepare
 from .reader import Document, Documents, read_documents
-from .shards import TokenDataset, TokenizedDocument, is_prepared, prepare
+from .shards import TokenDataset, TokenizedDocument, is_prepared
 from .tokenizer import StreamDecoder, Tokenizer, load_tokenizer, train_bpe
 
 __all__ = [
