@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_many_files_go_into_few_parts(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("shard_tokens", [200, 10**6])
-@pytest.mark.parametrize("stop", [1, 3, 4, 11])
+@pytest.mark.parametrize("stop", [1, 4, 6])
 def test_a_stream_goes_on_where_it_was_stopped(folder, tmp_path, monkeypatch, shard_tokens, stop):
     monkeypatch.setattr(hub, "MOST_PARTS", 2)
     monkeypatch.setattr(pieces_module, "BATCH", 500)
@@ -163,7 +164,7 @@ def test_records_that_are_no_text(tmp_path):
     lines = [{"text": "a"}, {"text": None}, {"text": "nul\0"}, {"text": " "}, {"text": "b"}]
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(DataError, match="a record's text is NoneType, not text.* --skip-bad"):
+    with pytest.raises(DataError, match=r"a record's text is NoneType, not text.* --skip-bad"):
         prepare(f"hf:{tmp_path}/set", tmp_path / "out", BYTES)
     dataset = prepare(f"hf:{tmp_path}/set", tmp_path / "out", BYTES, skip_bad=True)
     assert texts(dataset) == ["a", "b"]
@@ -171,6 +172,6 @@ def test_records_that_are_no_text(tmp_path):
 
 
 def test_without_the_package(monkeypatch, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingPackageError, match=r"datasets is not installed.*attamba\[hub\]"):
         prepare("fineweb-edu", tmp_path / "out", BYTES)
