@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,8 +208,13 @@ def _documents(
         return _prepared(config.data.valid, run_dir / "data" / "valid", tokenizer).documents()
     if config.data.valid_fraction == 0:
         raise ConfigError(f"{run_dir} held out no text (data.valid_fraction=0); give --data PATH")
-    dataset = _prepared(config.data.train, run_dir / "data" / "train", tokenizer)
-    return held_out_documents(dataset, tokenizer, 1.0 - config.data.valid_fraction)
+    names = [f"source-{i}" for i in range(len(config.data.sources))] or ["train"]
+    datasets = [
+        _prepared(path, run_dir / "data" / name, tokenizer)
+        for path, name in zip(config.data.training_paths(), names)
+    ]
+    start = 1.0 - config.data.valid_fraction
+    return chain.from_iterable(held_out_documents(d, tokenizer, start) for d in datasets)
 
 
 def _prepared(given: str | list[str], of_run: Path, tokenizer: Tokenizer) -> TokenDataset:

@@ -6,7 +6,9 @@ batch = Batches(dataset, seq_len=1024, batch_size=16, seed=0).batch(step=0)
 """
 
 from .errors import DataError, MissingPackageError
-from .loader import UNSCORED, Batch, Batches
+from .loader import UNSCORED, Batch, Batches, OrderedRows
+from .mixture import MixedBatches, MixedHeldOut
+from .packing import PackedBatches
 from .prepare import prepare
 from .reader import Document, Documents, read_documents
 from .shards import TokenDataset, TokenizedDocument, is_prepared
@@ -20,6 +22,10 @@ __all__ = [
     "Document",
     "Documents",
     "MissingPackageError",
+    "MixedBatches",
+    "MixedHeldOut",
+    "OrderedRows",
+    "PackedBatches",
     "StreamDecoder",
     "TokenDataset",
     "TokenizedDocument",

@@ -6,6 +6,7 @@ fly), tensorboard/ (if asked for).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -40,6 +41,7 @@ FREE = frozenset(
         "eval.tasks",
         "eval.every",
         "eval.limit",
+        "data.verify",
         "train.accumulate",
         "parallel.replicate",
         "parallel.shard",
@@ -166,8 +168,9 @@ def _check_same(saved: RunConfig, config: RunConfig, run_dir: Path) -> None:
 
 def _may_change(key: str, value: Any) -> bool:
     # A prepared folder may move: its content is compared by fingerprint (check_same_data).
-    moved = key in ("data.train", "data.valid") and isinstance(value, str) and is_prepared(value)
-    return key in FREE or moved
+    is_path = re.fullmatch(r"data\.(train|valid|sources\.\d+\.path)", key)
+    moved = is_path and isinstance(value, str) and is_prepared(value)
+    return key in FREE or bool(moved)
 
 
 def dotted(tree: Any, prefix: str = "") -> dict[str, Any]:
