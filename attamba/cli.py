@@ -130,6 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     _delegated(commands, "plan", "attamba.plan.commands", "memory, traffic and time of training")
     bench = commands.add_parser("bench", help="time and memory, measured")
     benches = bench.add_subparsers(metavar="WHAT", required=True)
+    _delegated(benches, "data", "attamba.bench.data", "text to shards, against tokenizers alone")
     _delegated(benches, "decode", "attamba.bench.decode", "a decoding step, at many lengths")
     _delegated(benches, "kernels", "attamba.bench.kernels", "the operators alone, on a GPU")
     _delegated(benches, "tune", "attamba.bench.tune", "tile sizes of the attention kernels")
