@@ -2,7 +2,8 @@
 
 Both have the same documents, vocabulary and cores. prepare starts processes, reads JSON lines,
 counts bytes and words, and writes shards and checksums; tokenizers has the documents in memory and
-throws the ids away. Beside the time there is the processors' time, which other programs change less.
+throws the ids away. Beside the time there is the processors' time, on which other programs have
+less influence.
 """
 
 from __future__ import annotations
@@ -178,7 +179,10 @@ print(time.perf_counter() - begin, time.process_time() - cpu_begin)
 
 
 def _tokenizers(text: Path, tokenizer: Path, threads: int, method: str) -> list[float]:
-    """Seconds and seconds of the processors that tokenizers takes, in a process of its own, which has so many threads from its start."""
+    """Seconds of tokenizers, and seconds of the processors that it takes.
+
+    In a process of its own, which has so many threads from its start.
+    """
     environment = {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(threads)}
     command = [sys.executable, "-c", PLAIN, str(text), str(tokenizer), method, str(TOGETHER)]
     answer = subprocess.run(
@@ -193,18 +197,16 @@ def tables(record: dict[str, Any]) -> list[common.Table]:
     for row in record["rows"]:
         for name in ("prepare", *METHODS):
             label = "attamba data prepare" if name == "prepare" else f"tokenizers, {name}"
-            shares = [
-                f"{row[of + name]:.0%}" if name in METHODS else "" for of in ("of_", "cpu_of_")
-            ]
-            spread = f"{min(row['seconds'][name]):.1f} to {max(row['seconds'][name]):.1f} s"
-            cpu = f"{statistics.median(row['cpu_seconds'][name]):.1f} s"
-            cells.append([label, f"{row[f'{name}_mb_per_second']:.2f} MB/s", spread, cpu, *shares])
-    head = [
-        "",
-        "text",
-        "time",
-        "processors' time",
-        "prepare's speed, of this",
-        "by processors' time",
-    ]
+            times, cpu = row["seconds"][name], row["cpu_seconds"][name]
+            shares = [f"{row[of + name]:.0%}" for of in ("of_", "cpu_of_") if name in METHODS]
+            cells.append(
+                [
+                    label,
+                    f"{row[f'{name}_mb_per_second']:.2f} MB/s",
+                    f"{min(times):.1f} to {max(times):.1f} s",
+                    f"{statistics.median(cpu):.1f} s",
+                    *(shares or ["", ""]),
+                ]
+            )
+    head = ["", "text", "time", "of the processors", "prepare's speed, of this", "by processors"]
     return [common.Table("tokenizing documents on the same cores", head, cells)]
