@@ -163,13 +163,24 @@ class HubReading(Iterator[Record]):
 
     def __next__(self) -> Record:
         source, place = self._part.source, (self._part.source_index, self._part.root)
-        row = next(self._rows)
+        row = self._next_row()
         try:
             if source.text_key not in row:
                 raise RecordError(_no_field(source, list(row)))
             return Record(checked(row[source.text_key], f"{source.name}: a record's text"), *place)
         except RecordError as error:
             return Record("", *place, error)
+
+    def _next_row(self) -> dict[str, Any]:
+        try:
+            return next(self._rows)
+        except StopIteration:
+            raise
+        except Exception as error:  # of the network, the hub, a format: they have no common class
+            raise DataError(
+                f"{self._part.source.name}: reading failed ({type(error).__name__}: {error}); the "
+                f"same command goes on from whole shards"
+            ) from error
 
     def state(self) -> Any:
         """Where the stream is, as datasets tells it."""

@@ -171,6 +171,17 @@ def test_records_that_are_no_text(tmp_path):
     assert (dataset.manifest["n_bad"], dataset.manifest["n_empty"]) == (2, 1)
 
 
+def test_a_stream_that_breaks_off(folder, tmp_path):
+    name = folder / "data" / "train-3.jsonl.gz"
+    whole = name.read_bytes()
+    name.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"::train: reading failed \(.*the same command goes on"):
+        prepare(f"hf:{folder}::train:body", tmp_path / "out", BYTES, shard_tokens=200)
+    name.write_bytes(whole)
+    dataset = prepare(f"hf:{folder}::train:body", tmp_path / "out", BYTES, shard_tokens=200)
+    assert texts(dataset) == EXPECTED
+
+
 def test_without_the_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingPackageError, match=r"datasets is not installed.*attamba\[hub\]"):

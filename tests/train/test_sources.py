@@ -1,14 +1,17 @@
 """What runs are trained on: weighted sources, packing, URLs, checksums."""
 
 import json
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from attamba.cli import main
 from attamba.config import ConfigError, RunConfig, from_dict
-from attamba.data import DataError, load_tokenizer, prepare, train_bpe
-from attamba.train import read_metrics, train
+from attamba.data import DataError, load_tokenizer, pieces, prepare, train_bpe
+from attamba.data.tokenizer import ByteTokenizer
+from attamba.train import read_metrics, sources, train
 from attamba.train.sources import open_sources
 
 
@@ -125,6 +128,30 @@ def test_a_prepared_folder_at_a_url(make_config, prepared, tmp_path, monkeypatch
     there = train(make_config({"train.steps": 2, "data.train": f"file://{prepared}"}, out="there"))
     assert losses(there) == losses(here)
     assert any((tmp_path / "cache").iterdir())
+
+
+def test_text_that_was_half_prepared_is_gone_on_with(make_config, texts, monkeypatch):
+    config = make_config({"data.train": str(texts), "train.steps": 1})
+    encode = ByteTokenizer.encode_batch
+    given = []
+
+    def encode_one_batch(self, batch):
+        if given:
+            raise KeyboardInterrupt
+        given.append(len(batch))
+        return encode(self, batch)
+
+    monkeypatch.setattr(pieces, "BATCH", 1000)
+    monkeypatch.setattr(sources, "prepare", partial(prepare, shard_tokens=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(ByteTokenizer, "encode_batch", encode_one_batch)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    (partial_folder,) = Path(config.out, "data").glob(".train.*.partial")
+    first = (partial_folder / "tokens-00000-000.bin").stat().st_mtime_ns
+    train(config)
+    kept = Path(config.out, "data", "train", "tokens-00000-000.bin")
+    assert given == [1] and kept.stat().st_mtime_ns == first
 
 
 def test_checksums_are_compared_if_asked_for(make_config, texts, tmp_path):
