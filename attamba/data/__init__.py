@@ -9,7 +9,7 @@ from .errors import DataError, MissingPackageError
 from .loader import UNSCORED, Batch, Batches, OrderedRows
 from .mixture import MixedBatches, MixedHeldOut
 from .packing import PackedBatches
-from .prepare import prepare
+from .preparation import prepare
 from .reader import Document, Documents, read_documents
 from .shards import TokenDataset, TokenizedDocument, is_prepared
 from .tokenizer import StreamDecoder, Tokenizer, load_tokenizer, train_bpe

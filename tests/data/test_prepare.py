@@ -17,6 +17,7 @@ from attamba.data import (
     is_prepared,
     load_tokenizer,
     parts,
+    preparation,
     prepare,
     train_bpe,
 )
@@ -282,6 +283,36 @@ def test_other_settings_do_not_touch_what_is_under_way(corpus, tmp_path, monkeyp
     assert len(list(tmp_path.glob(".out.*.partial"))) == 1
     monkeypatch.undo()
     prepare(corpus, tmp_path / "out", load_tokenizer("bytes"), shard_tokens=1000)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_killed_before_the_last_rename(corpus, whole, tmp_path, monkeypatch):
+    def killed(new, out):
+        raise KeyboardInterrupt
+
+    for older in (False, True):
+        monkeypatch.setattr(preparation, "_replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(corpus, tmp_path / "out", load_tokenizer("bytes"), shard_tokens=3000)
+        monkeypatch.undo()
+        monkeypatch.setattr(parts, "LEAST", 8000)
+        (partial,) = tmp_path.glob(".out.*.partial")
+        assert is_prepared(partial)
+        if older:
+            (tmp_path / "out").rename(tmp_path / ".out.123.old")
+        prepare(corpus, tmp_path / "out", load_tokenizer("bytes"), shard_tokens=3000)
+        assert content(tmp_path / "out") == content(whole)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_of_other_settings_leave_each_other_alone(corpus, tmp_path):
+    class Other(ByteTokenizer):
+        def encode_batch(self, texts):
+            prepare(corpus, tmp_path / "out", load_tokenizer("bytes"), shard_tokens=1000)
+            return super().encode_batch(texts)
+
+    prepare(corpus, tmp_path / "out", Other(), shard_tokens=3000).verify()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -73,14 +73,13 @@ def prepare(
     inputs = find_inputs(paths, split_on=split_on, text_key=text_key)
     settings = [inputs.roots, tokenizer.meta(), split_on, text_key, shard_tokens, VERSION]
     with _partial(out, settings) as folder:
-        if not is_prepared(folder):
-            job = Job(folder, tokenizer, shard_tokens, skip_bad, max_tokens, inputs.sources)
-            written = write_parts(job, inputs.parts, workers, progress)
-            _finish(job, inputs, _first(job, written))
-        (folder / LOCK).unlink()
+        job = Job(folder, tokenizer, shard_tokens, skip_bad, max_tokens, inputs.sources)
+        written = write_parts(job, inputs.parts, workers, progress)
+        _finish(job, inputs, _first(job, written))
         _replace(folder, out)
-    for other in out.parent.glob(f".{out.name}.*.partial"):
-        shutil.rmtree(other, ignore_errors=True)
+    for record in out.glob("part-*.json"):
+        record.unlink()
+    _remove_others(out)
     return TokenDataset.open(out)
 
 
@@ -108,9 +107,10 @@ def _partial(out: Path, settings: Any) -> Iterator[Path]:
     with hold(folder / LOCK) as is_held:
         if not is_held:
             raise DataError(f"{out}: another process prepares it; wait for that, or stop it")
-        for leftover in folder.glob(".*"):
+        # What a killed worker was writing, and the manifest of what was not renamed any more.
+        for leftover in [*folder.glob(".*"), *folder.glob(MANIFEST)]:
             if leftover.name != LOCK:
-                leftover.unlink()  # what a killed worker was writing
+                leftover.unlink()
         try:
             yield folder
         finally:
@@ -145,7 +145,8 @@ def _finish(job: Job, inputs: Inputs, written: list[Written]) -> None:
         job.tokenizer.save(job.folder / "tokenizer")
     manifest = _manifest(job, inputs, written)
     for path in job.folder.iterdir():
-        if path.is_file() and path.name not in {*manifest["files"], LOCK}:
+        is_record = path.match("part-*.json") or path.name == LOCK
+        if path.is_file() and path.name not in manifest["files"] and not is_record:
             path.unlink()
     path = job.folder / MANIFEST
     with naming(path):
@@ -176,8 +177,19 @@ def _manifest(job: Job, inputs: Inputs, written: list[Written]) -> dict[str, Any
     }
 
 
+def _remove_others(out: Path) -> None:
+    """Remove what was begun with other settings, unless a process works on it, and old data."""
+    for other in out.parent.glob(f".{out.name}.*.partial"):
+        with hold(other / LOCK) as is_held:
+            if is_held:
+                shutil.rmtree(other)
+    for old in out.parent.glob(f".{out.name}.*.old"):
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def _replace(new: Path, out: Path) -> None:
-    """Put folder `new` in the place of `out`, and remove what was there."""
+    """Put folder `new` in the place of `out`, less its lock."""
+    (new / LOCK).unlink()
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
     if out.exists():
         out.rename(old)
@@ -187,4 +199,3 @@ def _replace(new: Path, out: Path) -> None:
         if old.exists():
             old.rename(out)
         raise
-    shutil.rmtree(old, ignore_errors=True)
