@@ -17,7 +17,7 @@ from .errors import RecordError
 from .inputs import File, Paths, as_list, find_files, is_url
 from .reader import compile_pattern, read_file
 
-LEAST, LARGEST = 8 << 20, 256 << 20
+LEAST, LARGEST = 4 << 20, 256 << 20
 """Bytes of a part: a 256th of the files, but within these bounds."""
 
 
