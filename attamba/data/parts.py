@@ -1,6 +1,6 @@
 """What there is to prepare, divided into parts that are read apart from each other.
 
-How an input is divided depends on the input alone. A part is some files of a few MB together, a
+How an input is divided depends on the input alone. A part is some files of some MB together, a
 range of bytes of a large one, or some files of a data set on the hub.
 """
 
@@ -17,7 +17,7 @@ from .errors import RecordError
 from .inputs import File, Paths, as_list, find_files, is_url
 from .reader import compile_pattern, read_file
 
-LEAST, LARGEST = 4 << 20, 256 << 20
+LEAST, LARGEST = 2 << 20, 256 << 20
 """Bytes of a part: a 256th of the files, but within these bounds."""
 
 
