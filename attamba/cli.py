@@ -131,6 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     _delegated(commands, "plan", "attamba.plan.commands", "memory, traffic and time of training")
     bench = commands.add_parser("bench", help="time and memory, measured")
     benches = bench.add_subparsers(metavar="WHAT", required=True)
+    _delegated(benches, "data", "attamba.bench.data", "text to shards, against tokenizers alone")
     _delegated(benches, "decode", "attamba.bench.decode", "a decoding step, at many lengths")
     _delegated(benches, "kernels", "attamba.bench.kernels", "the operators alone, on a GPU")
     _delegated(benches, "tune", "attamba.bench.tune", "tile sizes of the attention kernels")
@@ -143,6 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="tokenize text, train a tokenizer")
     datas = data.add_subparsers(metavar="WHAT", required=True)
     _data_prepare(datas)
+    _data_verify(datas)
     _data_tokenizer(datas)
     return parser
 
@@ -350,9 +352,20 @@ def _serve(commands: Commands) -> None:
 
 
 def _data_prepare(commands: Commands) -> None:
-    parser = _leaf(commands, "prepare", "tokenize text into a folder", _later("data_prepare"))
+    parser = _leaf(
+        commands,
+        "prepare",
+        "tokenize text into a folder, or go on where that was stopped",
+        _later("data_prepare"),
+    )
     parser.add_argument("out", metavar="OUT", help="the folder to write")
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="text files and folders")
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="SOURCE",
+        help="text files, folders, patterns; data sets as hf:NAME[:CONFIG[:SPLIT[:FIELD]]]; "
+        "recipes: fineweb-edu, dclm, slimpajama, or a .yaml file",
+    )
     parser.add_argument(
         "--tokenizer",
         default="bytes",
@@ -362,6 +375,27 @@ def _data_prepare(commands: Commands) -> None:
     parser.add_argument(
         "--shard-tokens", type=int, default=100_000_000, help="per file (default: 100000000)"
     )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes; what is written does not depend on it (default: one for each core)",
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="end after the shard that makes it so many"
+    )
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="pass over records that are no text, and count them, instead of ending there",
+    )
+
+
+def _data_verify(commands: Commands) -> None:
+    parser = _leaf(
+        commands, "verify", "read a prepared folder, compare checksums", _later("data_verify")
+    )
+    parser.add_argument("folder", metavar="DIR", help="what prepare wrote, or its URL")
 
 
 def _data_tokenizer(commands: Commands) -> None:

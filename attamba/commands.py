@@ -9,6 +9,7 @@ import select
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from attamba.data import (
     train_bpe,
 )
 from attamba.data.files import write_json
+from attamba.data.workers import usable_cores
 from attamba.display import columns, format_bytes
 
 if TYPE_CHECKING:
@@ -229,8 +231,13 @@ def _documents(
         return _prepared(config.data.valid, run_dir / "data" / "valid", tokenizer).documents()
     if config.data.valid_fraction == 0:
         raise ConfigError(f"{run_dir} held out no text (data.valid_fraction=0); give --data PATH")
-    dataset = _prepared(config.data.train, run_dir / "data" / "train", tokenizer)
-    return held_out_documents(dataset, tokenizer, 1.0 - config.data.valid_fraction)
+    names = [f"source-{i}" for i in range(len(config.data.sources))] or ["train"]
+    datasets = [
+        _prepared(path, run_dir / "data" / name, tokenizer)
+        for path, name in zip(config.data.training_paths(), names)
+    ]
+    start = 1.0 - config.data.valid_fraction
+    return chain.from_iterable(held_out_documents(d, tokenizer, start) for d in datasets)
 
 
 def _prepared(given: str | list[str], of_run: Path, tokenizer: Tokenizer) -> TokenDataset:
@@ -389,7 +396,7 @@ def _need_transformers() -> None:
 
 
 def data_prepare(args: argparse.Namespace) -> int:
-    """`attamba data prepare OUT PATHS...`."""
+    """`attamba data prepare OUT SOURCES...`."""
     count = _counter("tokens")
     dataset = prepare(
         args.paths,
@@ -398,11 +405,28 @@ def data_prepare(args: argparse.Namespace) -> int:
         split_on=args.split_on,
         text_key=args.text_key,
         shard_tokens=args.shard_tokens,
+        max_tokens=args.max_tokens,
+        skip_bad=args.skip_bad,
+        workers=usable_cores() if args.workers is None else args.workers,
         progress=lambda documents, tokens, size: count(tokens),
     )
+    bad = dataset.manifest["n_bad"]
     print(
         f"{args.out}: {dataset.n_documents:,} documents, {dataset.n_tokens:,} tokens, "
         f"{dataset.n_bytes:,} bytes, vocabulary {dataset.vocab_size:,}"
+        + (f"; {bad:,} records that are no text were passed over" if bad else "")
+    )
+    return 0
+
+
+def data_verify(args: argparse.Namespace) -> int:
+    """`attamba data verify DIR`."""
+    dataset = TokenDataset.open(args.folder)
+    dataset.verify(_counter("bytes"))
+    n_bytes = sum(entry["bytes"] for entry in dataset.manifest["files"].values())
+    print(
+        f"{args.folder}: {len(dataset.manifest['files']):,} files, {n_bytes:,} bytes, all as they "
+        f"were written"
     )
     return 0
 

@@ -28,6 +28,7 @@ __all__ = [
     "AttambaMixer",
     "ConfigError",
     "DataConfig",
+    "DataSource",
     "EvalConfig",
     "MetricsConfig",
     "Mixer",
@@ -105,36 +106,82 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
+class DataSource:
+    """One of several texts to train on."""
+
+    path: str | list[str] = ""
+    """As data.train."""
+    weight: float = 1.0
+    """Its share of the tokens trained on, over the sum of all weights."""
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """What is trained and validated on."""
 
     train: str | list[str] = ""
-    """A folder made by `attamba data prepare`, or text files and folders (prepared on the fly)."""
+    """A folder made by `attamba data prepare`, or the URL of one (s3://...), or text files and
+    folders (prepared on the fly)."""
+    sources: list[DataSource] = field(default_factory=list)
+    """Several texts by weight, instead of train: [{path: data/web, weight: 3}, {path: data/code}].
+    One that is used up begins anew."""
     generate: dict[str, Any] | None = None
     """A task to make rows of instead of text: {"type": "recall", ...}; see data.generated."""
     valid: str | list[str] | None = None
     """As train. Default: the last valid_fraction of the training tokens is held out."""
     valid_fraction: float = 0.02
-    """Share held out where valid is not given; 0 for none."""
+    """Share held out where valid is not given, of each source; 0 for none."""
+    verify: bool = False
+    """Compare the checksums of prepared folders before the first step; each file is read."""
     tokenizer: str = "bytes"
     """For text: bytes, a tokenizer.json, or a SentencePiece .model."""
     seq_len: int = 1024
     """T, tokens per row."""
     batch_size: int = 16
     """Rows per optimizer step, over all accumulation steps."""
+    packing: Literal["stream", "best_fit"] = "stream"
+    """What a row is. stream: T tokens of all documents end to end, so that rows tear documents.
+    best_fit: whole documents that fill it up best (arXiv 2404.10830); only longer ones are cut."""
     doc_mask: bool = True
-    """Documents packed into one row do not see each other."""
+    """Cross-document masking: documents packed into one row do not see each other."""
 
     def validate(self) -> None:
         _at_least(self.seq_len, 1, "data.seq_len")
         _at_least(self.batch_size, 1, "data.batch_size")
         if not 0 <= self.valid_fraction < 1:
             raise ConfigError(f"data.valid_fraction={self.valid_fraction} must be in [0, 1)")
-        if self.generate is not None and (self.train or self.valid):
+        if self.train and self.sources:
             raise ConfigError(
-                f"data.generate={self.generate} makes its own rows, so data.train and data.valid "
-                f"would have no effect; give one or the other"
+                f"data.train={self.train} and data.sources both say what to train on; put all into "
+                f"data.sources, or leave it out"
             )
+        for i, source in enumerate(self.sources):
+            if not source.path:
+                raise ConfigError(f"data.sources.{i}.path is not set; name what to train on")
+            if not source.weight > 0:
+                raise ConfigError(
+                    f"data.sources.{i}.weight={source.weight} must be above 0; leave a source out "
+                    f"that is not to be trained on"
+                )
+        if self.generate is not None:
+            self._check_generated()
+
+    def _check_generated(self) -> None:
+        for name, default in (("train", ""), ("valid", None), ("sources", [])):
+            if getattr(self, name) != default:
+                raise ConfigError(
+                    f"data.generate={self.generate} makes its own rows, so data.train, data.valid "
+                    f"and data.sources would have no effect; give one or the other"
+                )
+        if self.packing != "stream" or self.verify:
+            raise ConfigError(
+                f"data.generate={self.generate} makes its own rows, so data.packing and "
+                f"data.verify would have no effect; leave them out"
+            )
+
+    def training_paths(self) -> list[str | list[str]]:
+        """What is trained on: of each source, or data.train."""
+        return [source.path for source in self.sources] or [self.train]
 
 
 @dataclass(kw_only=True)

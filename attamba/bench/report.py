@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from attamba.bench import common, decode, hf, kernels, loop, train
+from attamba.bench import common, data, decode, hf, kernels, loop, train
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -31,7 +31,14 @@ def tables(record: dict[str, Any]) -> list[common.Table]:
         from attamba.bench import train_gpu  # needs torch
 
         return train_gpu.tables(record)
-    own = {"decode": decode, "hf": hf, "kernels": kernels, "loop": loop, "train": train}
+    own = {
+        "data": data,
+        "decode": decode,
+        "hf": hf,
+        "kernels": kernels,
+        "loop": loop,
+        "train": train,
+    }
     return own[record["benchmark"]].tables(record)
 
 

@@ -6,9 +6,12 @@ batch = Batches(dataset, seq_len=1024, batch_size=16, seed=0).batch(step=0)
 """
 
 from .errors import DataError, MissingPackageError
-from .loader import UNSCORED, Batch, Batches
+from .loader import UNSCORED, Batch, Batches, OrderedRows
+from .mixture import MixedBatches, MixedHeldOut
+from .packing import PackedBatches
+from .preparation import prepare
 from .reader import Document, Documents, read_documents
-from .shards import TokenDataset, TokenizedDocument, is_prepared, prepare
+from .shards import TokenDataset, TokenizedDocument, is_prepared
 from .tokenizer import StreamDecoder, Tokenizer, load_tokenizer, train_bpe
 
 __all__ = [
@@ -19,6 +22,10 @@ __all__ = [
     "Document",
     "Documents",
     "MissingPackageError",
+    "MixedBatches",
+    "MixedHeldOut",
+    "OrderedRows",
+    "PackedBatches",
     "StreamDecoder",
     "TokenDataset",
     "TokenizedDocument",

@@ -10,6 +10,10 @@ class DataError(ValueError):
     """Text, a tokenizer or prepared data that cannot be used; says which file and what to do."""
 
 
+class RecordError(DataError):
+    """One record that is no text, among others that may be."""
+
+
 class MissingPackageError(ImportError):
     """An optional package is not installed; says how to install it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,8 +31,75 @@ class Batch:
         return int((self.targets != UNSCORED).sum())
 
 
-class Batches:
-    """Windows of a dataset, in an order that is drawn anew for each epoch.
+class OrderedRows(ABC):
+    """Rows of one data set, in an order that is drawn anew for each epoch.
+
+    dataset: where the rows are from. seq_len: T, tokens per row. batch_size: B, rows per batch.
+    seed: of the order; at least 0. start, stop: the fraction [start, stop) of the data set's tokens
+    that is used; 0 <= start < stop <= 1.
+
+    Raises DataError if an argument is out of range.
+    """
+
+    n_windows: int
+    """Rows, that is steps * batch_size per epoch."""
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        start: float = 0.0,
+        stop: float = 1.0,
+    ) -> None:
+        for name, value, least in (
+            ("seq_len", seq_len, 1),
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise DataError(f"{name}={value} must be at least {least}")
+        if not 0 <= start < stop <= 1:
+            raise DataError(f"start={start}, stop={stop} must be fractions, 0 <= start < stop <= 1")
+        self.dataset, self.seq_len, self.batch_size, self.seed = dataset, seq_len, batch_size, seed
+        self._first, self._last = int(start * dataset.n_tokens), int(stop * dataset.n_tokens)
+        self._fraction = f"the fraction [{start:g}, {stop:g})"
+        self._orders: dict[int, np.ndarray] = {}
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Mean bytes of text per token of the data set."""
+        return self.dataset.n_bytes / self.dataset.n_tokens
+
+    def batch(self, step: int) -> Batch:
+        """Rows step * B to (step + 1) * B of the endless row of epochs."""
+        if step < 0:
+            raise DataError(f"step={step} must be at least 0")
+        rows = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return self.rows([self.window(row) for row in rows])
+
+    def row(self, i: int) -> Batch:
+        """Row i, in the order of the text; a batch of one row."""
+        return self.rows([i])
+
+    @abstractmethod
+    def rows(self, windows: Sequence[int]) -> Batch:
+        """The given rows, counted in the order of the text; a batch of len(windows) rows."""
+
+    def window(self, row: int) -> int:
+        """The row, counted in the order of the text, that has this place among all epochs."""
+        epoch, place = divmod(row, self.n_windows)
+        if epoch not in self._orders:
+            # A batch may begin in one epoch and end in the next: keep two.
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = draw_order(self.n_windows, self.seed, epoch)
+        return int(self._orders[epoch][place])
+
+
+class Batches(OrderedRows):
+    """Windows of a dataset: all documents one after the other, cut every T tokens.
 
     dataset: tokens [floor(start * n), floor(stop * n)) of it are used, n being all its tokens; two
         Batches that meet in one fraction share no token.
@@ -54,38 +122,17 @@ class Batches:
         start: float = 0.0,
         stop: float = 1.0,
     ) -> None:
-        for name, value, least in (
-            ("seq_len", seq_len, 1),
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-        ):
-            if value < least:
-                raise DataError(f"{name}={value} must be at least {least}")
-        if not 0 <= start < stop <= 1:
-            raise DataError(f"start={start}, stop={stop} must be fractions, 0 <= start < stop <= 1")
-        self.dataset, self.seq_len, self.batch_size, self.seed = dataset, seq_len, batch_size, seed
-        self._first = int(start * dataset.n_tokens)
-        n_tokens = int(stop * dataset.n_tokens) - self._first
+        super().__init__(
+            dataset, seq_len=seq_len, batch_size=batch_size, seed=seed, start=start, stop=stop
+        )
+        n_tokens = self._last - self._first
         self.n_windows = max(0, (n_tokens - 1) // seq_len)
-        """Windows, that is steps * batch_size per epoch."""
         if not self.n_windows:
             raise DataError(
-                f"{dataset.folder}: the fraction [{start:g}, {stop:g}) of its {dataset.n_tokens} "
+                f"{dataset.folder}: {self._fraction} of its {dataset.n_tokens} "
                 f"tokens is {n_tokens} tokens, and one window of seq_len={seq_len} needs "
                 f"{seq_len + 1}; give more text, a shorter seq_len or a larger fraction"
             )
-        self._orders: dict[int, np.ndarray] = {}
-
-    def batch(self, step: int) -> Batch:
-        """Rows step * B to (step + 1) * B of the endless row of epochs."""
-        if step < 0:
-            raise DataError(f"step={step} must be at least 0")
-        rows = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return self.rows([self._window(row) for row in rows])
-
-    def row(self, i: int) -> Batch:
-        """Window i, in the order of the text; a batch of one row."""
-        return self.rows([i])
 
     def rows(self, windows: Sequence[int]) -> Batch:
         """The given windows, in the order of the text; a batch of len(windows) rows."""
@@ -102,16 +149,8 @@ class Batches:
             doc_ids=documents - documents[:, :1],
         )
 
-    def _window(self, row: int) -> int:
-        epoch, place = divmod(row, self.n_windows)
-        if epoch not in self._orders:
-            # A batch may begin in one epoch and end in the next: keep two.
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = _order(self.n_windows, self.seed, epoch)
-        return int(self._orders[epoch][place])
 
-
-def _order(n: int, seed: int, epoch: int) -> np.ndarray:
+def draw_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of range(n), the same for ever.
 
     Philox's raw numbers are sorted, because numpy promises that those never change, which it does

@@ -11,24 +11,19 @@ hidden (a name that begins with a dot) or has another suffix is passed over.
 from __future__ import annotations
 
 import io
-import itertools
 import json
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import DataError, require
+from .errors import DataError, RecordError, require
+from .inputs import File, Paths, as_list, find_files
 
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-COMPRESSIONS = {".xz": "xz", ".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-READABLE = ".txt .md .py .jsonl (each also as .xz .gz .bz2 .zst) and .parquet"
-
-Paths = str | Path | Sequence[str | Path]
+Read = str | RecordError
+"""A record's text, or why it is none: the caller raises that or passes the record over."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +36,10 @@ class Document:
     """The file it came from, as the caller's path leads to it."""
 
 
-@dataclass(frozen=True)
-class _File:
-    """A file to read: `name` is for people, `path` for the file system `fs`."""
-
-    fs: Any
-    path: str
-    name: str
-    kind: str
-    compression: str | None
-
-
 class Documents(Iterator[Document]):
     """The iterator that read_documents returns; it holds one document (and one line) at a time."""
 
-    def __init__(self, files: dict[str, list[_File]], parse: Callable[[_File], Iterator[Document]]):
+    def __init__(self, files: dict[str, list[File]], parse: Callable[[File], Iterator[Read]]):
         self.n_empty = 0
         """Blank files and records passed over so far."""
         self._documents = self._iterate(files, parse)
@@ -64,18 +48,25 @@ class Documents(Iterator[Document]):
         return next(self._documents)
 
     def _iterate(
-        self, files: dict[str, list[_File]], parse: Callable[[_File], Iterator[Document]]
+        self, files: dict[str, list[File]], parse: Callable[[File], Iterator[Read]]
     ) -> Iterator[Document]:
         for root, found in files.items():
             n_documents = 0
-            for document in itertools.chain.from_iterable(map(parse, found)):
-                if document.text.strip():
+            for name, text in ((file.name, text) for file in found for text in parse(file)):
+                if isinstance(text, RecordError):
+                    raise text
+                if text.strip():
                     n_documents += 1
-                    yield document
+                    yield Document(text, name)
                 else:
                     self.n_empty += 1
             if not n_documents:
-                raise DataError(f"{root} is empty or blank; give a file or folder with text in it")
+                raise no_text(root)
+
+
+def no_text(root: str) -> DataError:
+    """The error of a path without any text."""
+    return DataError(f"{root} is empty or blank; give a file or folder with text in it")
 
 
 def read_documents(
@@ -83,7 +74,7 @@ def read_documents(
 ) -> Documents:
     """Read documents from files and folders, in the order given.
 
-    paths: local paths, or URLs that fsspec knows.
+    paths: local paths or patterns (``texts/*.jsonl``), or URLs that fsspec knows.
     split_on: regular expression; a text file (.txt .md .py) is cut before each line in which it is
         found (``^`` and ``$`` are the line's ends). Text before the first such line is a document
         of its own unless it is blank, when it stays with the first. Default: no cuts.
@@ -96,26 +87,16 @@ def read_documents(
     JSON line, a missing text_key, a cut-off or damaged file. Paths and split_on are checked at
     once, contents when they are reached.
     """
-    pattern = _compile(split_on)
-    roots = _as_list(paths)
+    pattern = compile_pattern(split_on)
+    roots = as_list(paths)
     return Documents(
-        {root: _find(root) for root in roots},
-        partial(_read, pattern=pattern, text_key=text_key),
+        {root: find_files(root) for root in roots},
+        partial(read_file, pattern=pattern, text_key=text_key),
     )
 
 
-def _as_list(paths: Paths) -> list[str]:
-    listed = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    if not listed or not all(str(path) for path in listed):
-        raise DataError("no path given; name at least one text file or folder")
-    roots = [str(path) for path in listed]
-    for root in roots:
-        if roots.count(root) > 1:
-            raise DataError(f"{root} is given twice; name each path once")
-    return roots
-
-
-def _compile(split_on: str | None) -> re.Pattern[str] | None:
+def compile_pattern(split_on: str | None) -> re.Pattern[str] | None:
+    """split_on as read_documents takes it. Raises DataError."""
     if split_on is None:
         return None
     try:
@@ -127,49 +108,27 @@ def _compile(split_on: str | None) -> re.Pattern[str] | None:
         ) from error
 
 
-def _find(root: str) -> list[_File]:
-    """The files to read under `root`, sorted by path."""
-    if "://" in root:
-        fs, path = require("fsspec").core.url_to_fs(root)
-    else:
-        # Not url_to_fs: to it, "::" and "*" in a file's name mean something.
-        fs = require("fsspec.implementations.local").LocalFileSystem()
-        path = os.path.abspath(os.path.expanduser(root))
-    if not fs.exists(path):
-        raise DataError(f"{root} does not exist; check the path")
-    if not fs.isdir(path):
-        file = _classify(fs, path, root)
-        if file is None:
-            raise DataError(f"{root} is not a kind of file that is read; there are: {READABLE}")
-        return [file]
-    found = []
-    for entry in sorted(fs.find(path)):
-        inner = PurePosixPath(entry).relative_to(PurePosixPath(path))
-        if not any(part.startswith(".") for part in inner.parts):
-            found.append(_classify(fs, entry, f"{root.rstrip('/')}/{inner}"))
-    files = [file for file in found if file is not None]
-    if not files:
-        raise DataError(f"{root} holds no file of a kind that is read; there are: {READABLE}")
-    return files
+def read_file(
+    file: File,
+    pattern: re.Pattern[str] | None,
+    text_key: str,
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[Read]:
+    """The texts of a file, or of the records that begin in its bytes [start, stop).
 
-
-def _classify(fs: Any, path: str, name: str) -> _File | None:
-    """What kind of file it is, by its suffixes; None: one that is not read."""
-    stem, suffix = os.path.splitext(path.lower())
-    if suffix == ".parquet":
-        return _File(fs, path, name, "parquet", None)
-    compression = COMPRESSIONS.get(suffix)
-    if compression:
-        suffix = os.path.splitext(stem)[1]
-    if suffix == ".jsonl":
-        return _File(fs, path, name, "jsonl", compression)
-    if suffix in TEXT_SUFFIXES:
-        return _File(fs, path, name, "text", compression)
-    return None
+    start, stop: for parquet (whole row groups) and for .jsonl that is not compressed; default: all.
+    Raises DataError for a damaged file and, with a pattern, for text that is none.
+    """
+    if file.kind == "jsonl":
+        return _jsonl(file, text_key, start, stop)
+    if file.kind == "parquet":
+        return _parquet(file, text_key, start, stop)
+    return _whole(file) if pattern is None else iter(_split(file, pattern))
 
 
 @contextmanager
-def _open(file: _File) -> Iterator[Any]:
+def _open(file: File) -> Iterator[Any]:
     """The file's bytes, decompressed; damage that shows while reading is a DataError."""
     damage: list[type[Exception]] = [EOFError]
     if file.compression == "xz":
@@ -227,32 +186,37 @@ class _ZstdReader(io.RawIOBase):
         return n
 
 
-def _read(file: _File, pattern: re.Pattern[str] | None, text_key: str) -> Iterator[Document]:
-    readers: dict[str, Callable[[_File], Iterator[str]]] = {
-        "text": _whole if pattern is None else partial(_split, pattern=pattern),
-        "jsonl": partial(_jsonl, text_key=text_key),
-        "parquet": partial(_parquet, text_key=text_key),
-    }
-    for text in readers[file.kind](file):
-        yield Document(text, file.name)
-
-
-def _whole(file: _File) -> Iterator[str]:
+def _whole(file: File) -> Iterator[Read]:
     with _open(file) as stream:
         data = stream.read()
-    yield _decode(data, 0, file.name)
+    try:
+        yield _decode(data, 0, file.name)
+    except RecordError as error:
+        yield error
 
 
-def _lines(file: _File) -> Iterator[str]:
-    """Lines with their ends. Only b"\\n" ends one, so that no byte of the text is changed."""
-    offset = 0
+def _raw_lines(file: File, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """(offset, line with its end) of lines that begin in [start, stop). Only b"\\n" ends one."""
     with _open(file) as stream:
-        for line in stream:
-            yield _decode(line, offset, file.name)
+        offset = start
+        if start:
+            # A line that began before is the other part's: look for its end, from one byte before.
+            stream.seek(start - 1)
+            offset += len(stream.readline()) - 1
+        for line in stream if stop is None or offset < stop else ():
+            yield offset, line
             offset += len(line)
+            if stop is not None and offset >= stop:
+                return
 
 
-def _split(file: _File, pattern: re.Pattern[str]) -> Iterator[str]:
+def _lines(file: File) -> Iterator[str]:
+    """Lines with their ends, no byte of the text changed."""
+    for offset, line in _raw_lines(file):
+        yield _decode(line, offset, file.name)
+
+
+def _split(file: File, pattern: re.Pattern[str]) -> Iterator[str]:
     """Documents whose concatenation is the file."""
     held: list[str] = []
     blank = True
@@ -265,27 +229,35 @@ def _split(file: _File, pattern: re.Pattern[str]) -> Iterator[str]:
     yield "".join(held)
 
 
-def _jsonl(file: _File, text_key: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(file), start=1):
-        if not line.strip():
+def _jsonl(file: File, text_key: str, start: int, stop: int | None) -> Iterator[Read]:
+    for number, (offset, line) in enumerate(_raw_lines(file, start, stop), start=1):
+        if line.isspace():
             continue
-        where = f"{file.name}:{number}"
+        # Lines are counted from the file's first; where reading began later, bytes tell the place.
+        where = f"{file.name}:{number}" if not start else f"{file.name}: line at byte {offset}"
         try:
-            record = json.loads(line.rstrip("\r\n"))
-        except (ValueError, RecursionError) as error:
-            reason = str(error).replace("line 1 column", "column")
-            raise DataError(
-                f"{where}: broken JSON ({reason}); each line must be one JSON object"
-            ) from error
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: not a JSON object; each line must be one")
-        if text_key not in record:
-            keys = ", ".join(map(repr, record)) or "none"
-            raise DataError(f"{where}: no key {text_key!r} (keys: {keys}); set text_key")
-        yield _checked(record[text_key], f"{where}: {text_key!r}")
+            yield _json_text(_decode(line, offset, file.name), text_key, where)
+        except RecordError as error:
+            yield error
 
 
-def _parquet(file: _File, text_key: str) -> Iterator[str]:
+def _json_text(line: str, text_key: str, where: str) -> str:
+    try:
+        record = json.loads(line.rstrip("\r\n"))
+    except (ValueError, RecursionError) as error:
+        reason = str(error).replace("line 1 column", "column")
+        raise RecordError(
+            f"{where}: broken JSON ({reason}); each line must be one JSON object"
+        ) from error
+    if not isinstance(record, dict):
+        raise RecordError(f"{where}: not a JSON object; each line must be one")
+    if text_key not in record:
+        keys = ", ".join(map(repr, record)) or "none"
+        raise RecordError(f"{where}: no key {text_key!r} (keys: {keys}); set text_key")
+    return checked(record[text_key], f"{where}: {text_key!r}")
+
+
+def _parquet(file: File, text_key: str, start: int, stop: int | None) -> Iterator[Read]:
     arrow, parquet = require("pyarrow"), require("pyarrow.parquet")
     with file.fs.open(file.path, "rb") as stream:
         try:
@@ -295,15 +267,10 @@ def _parquet(file: _File, text_key: str) -> Iterator[str]:
                 raise DataError(
                     f"{file.name}: no column {text_key!r} (columns: {names}); set text_key"
                 )
-            row = 0
-            for batch in table.iter_batches(batch_size=64, columns=[text_key]):
+            row, groups = _row_groups(table.metadata, start, stop)
+            for batch in table.iter_batches(batch_size=64, row_groups=groups, columns=[text_key]):
                 for value in batch.column(0):
-                    where = f"{file.name}: row {row}: {text_key!r}"
-                    try:
-                        text = value.as_py()
-                    except UnicodeDecodeError as error:
-                        raise DataError(f"{where}: not UTF-8; convert it to UTF-8") from error
-                    yield _checked(text, where)
+                    yield _parquet_text(value, f"{file.name}: row {row}: {text_key!r}")
                     row += 1
         except (arrow.ArrowInvalid, OSError) as error:
             raise DataError(
@@ -311,33 +278,61 @@ def _parquet(file: _File, text_key: str) -> Iterator[str]:
             ) from error
 
 
+def _row_groups(metadata: Any, start: int, stop: int | None) -> tuple[int, list[int]]:
+    """Rows before the row groups that begin in bytes [start, stop) of a file, and those groups."""
+    first_row, groups = 0, []
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        column = group.column(0)
+        offset = column.data_page_offset
+        if column.dictionary_page_offset is not None:
+            offset = min(offset, column.dictionary_page_offset)
+        if offset < start:
+            first_row += group.num_rows
+        elif stop is None or offset < stop:
+            groups.append(number)
+    return first_row, groups
+
+
+def _parquet_text(value: Any, where: str) -> Read:
+    try:
+        return checked(value.as_py(), where)
+    except UnicodeDecodeError:
+        return RecordError(f"{where}: not UTF-8; convert it to UTF-8")
+    except RecordError as error:
+        return error
+
+
 def _decode(data: bytes, offset: int, name: str) -> str:
     """Decode bytes that begin at byte `offset` of a file."""
     nul = data.find(b"\0")
     if nul >= 0:
-        raise DataError(
+        raise RecordError(
             f"{name}: byte {offset + nul} is NUL, so this is a binary file or UTF-16; give text, "
             f"converted to UTF-8"
         )
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
+        raise RecordError(
             f"{name}: not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}); "
             f"convert it to UTF-8, e.g. iconv -f LATIN1 -t UTF-8"
         ) from error
 
 
-def _checked(text: Any, where: str) -> str:
-    """A record's text, which JSON and parquet may hold in forms that no text file can."""
+def checked(text: Any, where: str) -> str:
+    """A record's text, which JSON and parquet may hold in forms that no text file can.
+
+    Raises RecordError, which names `where`.
+    """
     if not isinstance(text, str):
-        raise DataError(f"{where} is {type(text).__name__}, not text; drop or mend the record")
+        raise RecordError(f"{where} is {type(text).__name__}, not text; drop or mend the record")
     if "\0" in text:
-        raise DataError(f"{where} holds NUL, which no text does; remove it")
+        raise RecordError(f"{where} holds NUL, which no text does; remove it")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(
+        raise RecordError(
             f"{where} holds half a surrogate pair at character {error.start}, which UTF-8 cannot "
             f"express; remove it"
         ) from error

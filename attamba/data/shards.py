@@ -2,9 +2,9 @@
 
 A prepared folder holds
 
-    tokens-00000.bin       token ids, little-endian uint16 (uint32 where V > 65536); each document
+    tokens-00000-000.bin   token ids, little-endian uint16 (uint32 where V > 65536); each document
                            is the separator eos and then its tokens, and lies in one shard
-    documents-00000.npy    one DOCUMENT record per document of that shard
+    documents-00000-000.npy  one DOCUMENT record per document of that shard
     tokenizer/             the tokenizer that made them
     manifest.json          counts, sources, and size and SHA-256 of every other file
 
@@ -14,20 +14,19 @@ It is written aside and renamed when it is whole, so a folder with a manifest is
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from .errors import DataError
-from .files import sha256, sync
-from .pieces import batched, cut
-from .reader import Document, Paths, read_documents
+from .folders import ANEW, Folder, open_folder
+from .inputs import is_url
 from .tokenizer import Tokenizer, load_tokenizer
 
 MANIFEST = "manifest.json"
@@ -44,7 +43,10 @@ DOCUMENT = np.dtype(
     ]
 )
 
-Progress = Callable[[int, int, int], None]
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Of the stored ids: uint16, or uint32 where the vocabulary needs it; little-endian."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 @dataclass(frozen=True)
@@ -61,51 +63,10 @@ class TokenizedDocument:
     """The file it was read from."""
 
 
-def prepare(
-    paths: Paths,
-    out: str | Path,
-    tokenizer: Tokenizer,
-    *,
-    split_on: str | None = None,
-    text_key: str = "text",
-    shard_tokens: int = 100_000_000,
-    progress: Progress | None = None,
-) -> TokenDataset:
-    """Tokenize files and folders into the folder `out`.
-
-    paths, split_on, text_key: as read_documents takes them.
-    out: a new or empty folder, or a prepared one, which is replaced once the new one is whole.
-    shard_tokens: a shard is closed when it holds at least this many tokens.
-    progress: called now and then with (documents, tokens, bytes of text) done so far.
-
-    Raises DataError for what read_documents refuses, and if `out` holds anything else.
-    """
-    if shard_tokens < 1:
-        raise DataError(f"shard_tokens={shard_tokens} must be at least 1")
-    out = Path(out)
-    _check_target(out)
-    documents = read_documents(paths, split_on=split_on, text_key=text_key)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        with _Writer(aside, tokenizer, shard_tokens) as writer:
-            for batch in batched((len(d.text), d) for d in documents):
-                writer.write(batch)
-                if progress:
-                    progress(writer.n_documents, writer.n_tokens, writer.n_bytes)
-            writer.finish(n_empty=documents.n_empty)
-        _replace(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return TokenDataset.open(out)
-
-
 def is_prepared(path: str | Path) -> bool:
-    """Is it a folder that prepare wrote?"""
+    """Is it a folder, or the URL of one, that prepare wrote?"""
     try:
-        manifest = json.loads((Path(path) / MANIFEST).read_bytes())
+        manifest = json.loads(open_folder(path).read(MANIFEST) or b"")
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and manifest.get("format") == FORMAT
@@ -114,8 +75,9 @@ def is_prepared(path: str | Path) -> bool:
 class TokenDataset:
     """A prepared folder, read. Tokens stay on disk until they are asked for."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        self.folder = folder
+    def __init__(self, name: str | Path, files: Folder, manifest: dict[str, Any]) -> None:
+        self.folder = name
+        """Its path or URL."""
         self.manifest = manifest
         self.n_tokens: int = manifest["n_tokens"]
         """Tokens, one eos per document included."""
@@ -126,55 +88,86 @@ class TokenDataset:
         self.vocab_size: int = manifest["vocab_size"]
         self.fingerprint: str = manifest["tokenizer"]["fingerprint"]
         """The tokenizer's."""
-        shards = manifest["shards"]
-        self._shards = [
-            np.memmap(folder / s["tokens"], dtype=np.dtype(manifest["dtype"]), mode="r")
-            for s in shards
-        ]
-        self._ends = np.cumsum([s["n_tokens"] for s in shards])
+        self._files = files
+        self._dtype = np.dtype(manifest["dtype"])
+        self._lengths = [shard["n_tokens"] for shard in manifest["shards"]]
+        self._ends = np.cumsum(self._lengths)
+        self._maps: dict[int, np.ndarray] = {}
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenDataset:
         """Open a prepared folder. Raises DataError if it is not one, or a file is missing or cut.
 
-        Sizes are checked, contents are not: see verify.
+        folder: a local path, or a URL that fsspec knows (s3://..., gs://... where their packages
+            are installed), whose files are kept in a local cache as they are read.
+
+        Sizes are checked. Contents are checked as they come from a URL; on a local disk they are
+        not: see verify.
         """
-        folder = Path(folder)
-        manifest = _manifest(folder)
+        files = open_folder(folder)
+        manifest = _manifest(folder, files)
         try:
             for name, entry in manifest["files"].items():
-                path = folder / name
-                size = path.stat().st_size if path.is_file() else None
+                size = files.size(name)
                 if size != entry["bytes"]:
                     state = "is missing" if size is None else f"has {size} bytes"
                     raise DataError(
-                        f"{path} {state}, {MANIFEST} says {entry['bytes']} bytes; {_ANEW}"
+                        f"{folder}/{name} {state}, {MANIFEST} says {entry['bytes']} bytes; {ANEW}"
                     )
-            return cls(folder, manifest)
+            return cls(Path(folder) if not is_url(folder) else str(folder), files, manifest)
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{folder / MANIFEST} is damaged ({error!r}); {_ANEW}") from error
+            raise DataError(f"{folder}/{MANIFEST} is damaged ({error!r}); {ANEW}") from error
 
-    def verify(self) -> None:
-        """Read every file and compare its SHA-256. Raises DataError for one that was altered."""
+    def verify(self, progress: Callable[[int], None] | None = None) -> None:
+        """Read every file and compare its SHA-256. Raises DataError naming those that differ.
+
+        progress: called after each file with the bytes read so far.
+        """
+        altered, done = [], 0
         for name, entry in self.manifest["files"].items():
-            if sha256(self.folder / name) != entry["sha256"]:
-                raise DataError(f"{self.folder / name} was altered after it was written; {_ANEW}")
+            if self._files.sha256(name) != entry["sha256"]:
+                altered.append(f"{self.folder}/{name}")
+            done += entry["bytes"]
+            if progress:
+                progress(done)
+        if altered:
+            were = "was" if len(altered) == 1 else "were"
+            raise DataError(f"{', '.join(altered)} {were} altered after it was written; {ANEW}")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens."""
-        tokenizer = load_tokenizer(self.folder / "tokenizer")
+        tokenizer = self._load_tokenizer()
         if tokenizer.fingerprint != self.fingerprint:
-            raise DataError(f"{self.folder / 'tokenizer'} did not make these tokens; {_ANEW}")
+            raise DataError(f"{self.folder}/tokenizer did not make these tokens; {ANEW}")
         return tokenizer
+
+    def _load_tokenizer(self) -> Tokenizer:
+        if not is_url(self.folder):
+            return load_tokenizer(Path(self.folder) / "tokenizer")
+        with tempfile.TemporaryDirectory() as folder:
+            for name in self.manifest["files"]:
+                if name.startswith("tokenizer/"):
+                    shutil.copy(self._local(name), Path(folder) / name.removeprefix("tokenizer/"))
+            return load_tokenizer(folder)
+
+    def _local(self, name: str) -> Path:
+        return self._files.local(name, self.manifest["files"][name])
+
+    def _shard(self, number: int) -> np.ndarray:
+        """The tokens of a shard, mapped when they are first asked for."""
+        if number not in self._maps:
+            path = self._local(self.manifest["shards"][number]["tokens"])
+            self._maps[number] = np.memmap(path, dtype=self._dtype, mode="r")
+        return self._maps[number]
 
     @cached_property
     def starts(self) -> np.ndarray:
         """Where each document's eos stands in the stream of all tokens, int64 [n_documents]."""
         return np.concatenate(
             [
-                self._documents(i)["start"] + (end - len(shard))
-                for i, (shard, end) in enumerate(zip(self._shards, self._ends))
+                self._documents(i)["start"] + (end - length)
+                for i, (length, end) in enumerate(zip(self._lengths, self._ends))
             ]
         )
 
@@ -189,7 +182,7 @@ class TokenDataset:
         at = start
         while at < stop:
             i = int(np.searchsorted(self._ends, at, side="right"))
-            shard, end = self._shards[i], int(self._ends[i])
+            shard, end = self._shard(i), int(self._ends[i])
             until = min(stop, end)
             base = end - len(shard)
             out[at - start : until - start] = shard[at - base : until - base]
@@ -211,7 +204,8 @@ class TokenDataset:
     def documents(self) -> Iterator[TokenizedDocument]:
         """Every document, in order."""
         sources = self.manifest["sources"]
-        for i, shard in enumerate(self._shards):
+        for i in range(len(self._lengths)):
+            shard = self._shard(i)
             for document in self._documents(i):
                 start = int(document["start"]) + 1
                 stop = start + int(document["n_tokens"])
@@ -227,161 +221,31 @@ class TokenDataset:
         if tokens.size and tokens.max() >= self.vocab_size:
             raise DataError(
                 f"{self.folder} holds the token id {tokens.max()}, but its vocabulary has "
-                f"{self.vocab_size}; it is damaged: {_ANEW}"
+                f"{self.vocab_size}; it is damaged: {ANEW}"
             )
         return tokens
 
     def _documents(self, shard: int) -> np.ndarray:
-        return np.load(self.folder / self.manifest["shards"][shard]["documents"])
+        return np.load(self._local(self.manifest["shards"][shard]["documents"]))
 
 
-_ANEW = "prepare the data anew (attamba data prepare)"
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.is_file():
+def _manifest(folder: str | Path, files: Folder) -> dict[str, Any]:
+    path = f"{folder}/{MANIFEST}"
+    content = files.read(MANIFEST)
+    if content is None:
         raise DataError(
             f"{folder} is no prepared folder (it has no {MANIFEST}); make one with "
             f"attamba data prepare"
         )
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(content)
     except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}); {_ANEW}") from error
+        raise DataError(f"{path} is damaged ({error}); {ANEW}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{path} is not the manifest of a prepared folder; {_ANEW}")
+        raise DataError(f"{path} is not the manifest of a prepared folder; {ANEW}")
     if manifest.get("version") != VERSION:
         raise DataError(
             f"{path} has version {manifest.get('version')}, this program reads version {VERSION}; "
-            f"{_ANEW}"
+            f"{ANEW}"
         )
     return manifest
-
-
-def _check_target(out: Path) -> None:
-    """Refuse to write where something else is."""
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is a file; name a folder to write into")
-    if out.is_dir() and any(out.iterdir()) and not is_prepared(out):
-        raise DataError(
-            f"{out} is not empty and holds no prepared data, so it is not overwritten; name a new "
-            f"folder"
-        )
-
-
-def _replace(new: Path, out: Path) -> None:
-    """Put folder `new` in the place of `out`, and remove what was there."""
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
-    if out.exists():
-        out.rename(old)
-    try:
-        new.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-class _Writer:
-    """Writes shards and their manifest into a folder."""
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer, shard_tokens: int) -> None:
-        self.n_documents = self.n_tokens = self.n_bytes = self.n_words = 0
-        self._folder, self._tokenizer, self._shard_tokens = folder, tokenizer, shard_tokens
-        self._dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-        self._sources: dict[str, int] = {}
-        self._shards: list[dict[str, Any]] = []
-        self._files: dict[str, dict[str, Any]] = {}
-        self._file: BinaryIO | None = None
-        self._records: list[tuple[int, ...]] = []
-        self._filled = 0  # tokens in the open shard
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._file:
-            self._file.close()
-
-    def write(self, documents: list[Document]) -> None:
-        encoded = self._tokenizer.encode_batch([document.text for document in documents])
-        for document, ids in zip(documents, encoded):
-            if len(ids) and not 0 <= ids.min() <= ids.max() < self._tokenizer.vocab_size:
-                raise DataError(
-                    f"{document.source}: the tokenizer made ids up to {ids.max()} for a vocabulary "
-                    f"of {self._tokenizer.vocab_size}; mend the tokenizer"
-                )
-            self._append(document, ids)
-            if self._filled >= self._shard_tokens:
-                self._close_shard()
-
-    def _append(self, document: Document, ids: np.ndarray) -> None:
-        if self._file is None:
-            self._file = open(self._folder / self._name("tokens", "bin"), "wb")  # noqa: SIM115
-        stored = np.empty(len(ids) + 1, dtype=self._dtype)
-        stored[0] = self._tokenizer.eos_id
-        stored[1:] = ids
-        self._file.write(stored.tobytes())
-        n_bytes = len(document.text.encode())
-        n_words = sum(len(piece.split()) for piece in cut(document.text))
-        source = self._sources.setdefault(document.source, len(self._sources))
-        self._records.append((self._filled, len(ids), n_bytes, n_words, source))
-        self._filled += len(stored)
-        self.n_documents += 1
-        self.n_tokens += len(stored)
-        self.n_bytes += n_bytes
-        self.n_words += n_words
-
-    def _close_shard(self) -> None:
-        assert self._file is not None
-        self._file.close()
-        self._file = None
-        tokens, documents = self._name("tokens", "bin"), self._name("documents", "npy")
-        np.save(self._folder / documents, np.array(self._records, dtype=DOCUMENT))
-        for name in (tokens, documents):
-            sync(self._folder / name)
-        self._shards.append(
-            {
-                "tokens": tokens,
-                "documents": documents,
-                "n_tokens": self._filled,
-                "n_documents": len(self._records),
-            }
-        )
-        self._records, self._filled = [], 0
-
-    def _name(self, what: str, suffix: str) -> str:
-        return f"{what}-{len(self._shards):05d}.{suffix}"
-
-    def finish(self, n_empty: int) -> None:
-        """Close the last shard; add the tokenizer and, last of all, the manifest."""
-        if self._records:
-            self._close_shard()
-        self._tokenizer.save(self._folder / "tokenizer")
-        files = sorted(path for path in self._folder.rglob("*") if path.is_file())
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "vocab_size": self._tokenizer.vocab_size,
-            "dtype": self._dtype.str,
-            "tokenizer": self._tokenizer.meta(),
-            "n_tokens": self.n_tokens,
-            "n_documents": self.n_documents,
-            "n_bytes": self.n_bytes,
-            "n_words": self.n_words,
-            "n_empty": n_empty,
-            "shards": self._shards,
-            "sources": list(self._sources),
-            "files": {
-                path.relative_to(self._folder).as_posix(): {
-                    "bytes": path.stat().st_size,
-                    "sha256": sha256(path),
-                }
-                for path in files
-            },
-        }
-        path = self._folder / MANIFEST
-        path.write_bytes((json.dumps(manifest, indent=1) + "\n").encode())
-        sync(path)

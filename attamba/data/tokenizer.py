@@ -18,8 +18,9 @@ import numpy as np
 
 from .errors import DataError, require
 from .files import write_aside
+from .inputs import Paths
 from .pieces import batched, cut
-from .reader import Paths, read_documents
+from .reader import read_documents
 
 META = "tokenizer_meta.json"
 SEPARATOR = "<|endoftext|>"
@@ -46,6 +47,10 @@ class Tokenizer(ABC):
         self.fingerprint = hashlib.sha256(self.kind.encode() + b"\n" + content).hexdigest()
         """SHA-256 of the tokenizer's content, in hex; equal for equal tokenizers."""
         self._content = content
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By its file: what the library's own pickle keeps of its settings is its affair.
+        return type(self), (self._content,) if self.filename else ()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without any special token."""

@@ -102,7 +102,8 @@ def _heads(mixer: AttambaMixer | TransformerMixer) -> str:
 
 
 def _training(run: RunConfig, state: dict[str, Any]) -> list[list[str]]:
-    names = [run.data.train] if isinstance(run.data.train, str) else run.data.train
+    given = run.data.training_paths()
+    names = [name for path in given for name in ([path] if isinstance(path, str) else path)]
     return [
         ["trained on", ", ".join(Path(name).name or name for name in names)],
         ["steps, tokens", f"{state['step']:,}, {state['tokens']:,}"],

@@ -7,6 +7,7 @@ trackio), eval.jsonl and eval.log (see follow.py).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -45,6 +46,7 @@ FREE = frozenset(
         "eval.device",
         "spikes.max_in_a_row",
         "spikes.max_skipped",
+        "data.verify",
         "train.accumulate",
         "parallel.replicate",
         "parallel.shard",
@@ -211,8 +213,9 @@ def _check_same(saved: RunConfig, config: RunConfig, run_dir: Path) -> None:
 
 def _may_change(key: str, value: Any) -> bool:
     # A prepared folder may move: its content is compared by fingerprint (check_same_data).
-    moved = key in ("data.train", "data.valid") and isinstance(value, str) and is_prepared(value)
-    return is_free(key) or moved
+    is_path = re.fullmatch(r"data\.(train|valid|sources\.\d+\.path)", key)
+    moved = is_path and isinstance(value, str) and is_prepared(value)
+    return is_free(key) or bool(moved)
 
 
 def dotted(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -15,6 +15,10 @@ from attamba.data import (
     Batch,
     Batches,
     DataError,
+    MixedBatches,
+    MixedHeldOut,
+    OrderedRows,
+    PackedBatches,
     TokenDataset,
     Tokenizer,
     is_prepared,
@@ -86,10 +90,9 @@ class Sources:
 
     def bits_per_byte(self, nats_per_token: float) -> float | None:
         """By the mean bytes per token of the validation data; None for rows that are no text."""
-        if not isinstance(self.valid, Batches):
+        if not isinstance(self.valid, (OrderedRows, MixedHeldOut)):
             return None
-        dataset = self.valid.dataset
-        return nats_per_token / math.log(2) * dataset.n_tokens / dataset.n_bytes
+        return nats_per_token / math.log(2) / self.valid.bytes_per_token
 
 
 def open_sources(
@@ -102,52 +105,28 @@ def open_sources(
     say: told what is being prepared.
     share: (rank, n) gives the rank's rows alone of each training step.
 
-    Raises ConfigError for data.train unset, a vocabulary larger than the model's, validation data
-    of another tokenizer; DataError for data that cannot be read or is too short for seq_len.
+    Raises ConfigError for data.train unset, a vocabulary larger than the model's, data of several
+    tokenizers; DataError for data that cannot be read or is too short for seq_len.
     """
     data = config.data
     if data.generate is not None:
         return _generated(config, share)
-    if not data.train:
+    if not (data.train or data.sources):
         raise ConfigError(
             "data.train is not set; give text files or folders, or a folder made by "
             "`attamba data prepare`"
         )
-    train = _open(
-        data.train,
-        "data.train",
-        run_dir / "data" / "train",
-        lambda: load_tokenizer(data.tokenizer),
-        fresh=fresh,
-        say=say,
-    )
-    if train.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary of "
-            f"{train.folder}, {train.vocab_size}; set model.vocab_size={train.vocab_size} or more"
-        )
-    valid = None
-    if data.valid:
-        valid = _open(
-            data.valid,
-            "data.valid",
-            run_dir / "data" / "valid",
-            lambda: train.tokenizer,
-            fresh=fresh,
-            say=say,
-        )
-        if valid.fingerprint != train.fingerprint:
-            raise ConfigError(
-                f"data.valid: {valid.folder} was made with another tokenizer than {train.folder}; "
-                f"prepare both with one"
-            )
+    texts = _Texts(config, run_dir, fresh=fresh, say=say, is_first=share[0] == 0)
+    trained = texts.open_all()
+    tokenizer = trained[0].tokenizer
+    valid = texts.open_valid(trained[0]) if data.valid else None
     return Sources(
-        train=_training_rows(config, train, 1.0 if valid else 1.0 - data.valid_fraction, share),
-        valid=_validation_rows(data, train, valid),
-        tokenizer=train.tokenizer,
+        train=_shared(_training_rows(config, trained, valid is None, share[1]), share),
+        valid=_validation_rows(data, trained, valid),
+        tokenizer=tokenizer,
         fingerprints={
-            "tokenizer": train.fingerprint,
-            "train": _fingerprint(train),
+            "tokenizer": trained[0].fingerprint,
+            "train": _fingerprint_of_all(trained, [source.weight for source in data.sources]),
             "valid": _fingerprint(valid) if valid else None,
         },
     )
@@ -176,47 +155,102 @@ def _generated(config: RunConfig, share: tuple[int, int]) -> Sources:
     )
 
 
-def _open(
-    given: str | list[str],
-    key: str,
-    prepared: Path,
-    tokenizer: Callable[[], Tokenizer],
+@dataclass(frozen=True)
+class _Texts:
+    """Opens what the configuration names, preparing it where it is text."""
+
+    config: RunConfig
+    run_dir: Path
+    fresh: bool
+    say: Say
+    is_first: bool
+    """Of the ranks: the one that reads files to compare their checksums."""
+
+    def open_all(self) -> list[TokenDataset]:
+        """What is trained on: one data set, or that of each source."""
+        data = self.config.data
+        trained: list[TokenDataset] = []
+        for i, path in enumerate(data.training_paths()):
+            key = f"data.sources.{i}.path" if data.sources else "data.train"
+            name = f"source-{i}" if data.sources else "train"
+            dataset = self._open(path, key, name, trained[0] if trained else None)
+            size = self.config.model.vocab_size
+            if dataset.vocab_size > size:
+                raise ConfigError(
+                    f"model.vocab_size={size} is smaller than the vocabulary of {dataset.folder}, "
+                    f"{dataset.vocab_size}; set model.vocab_size={dataset.vocab_size} or more"
+                )
+            trained.append(dataset)
+        return trained
+
+    def open_valid(self, train: TokenDataset) -> TokenDataset:
+        assert self.config.data.valid
+        return self._open(self.config.data.valid, "data.valid", "valid", train)
+
+    def _open(
+        self, given: str | list[str], key: str, name: str, like: TokenDataset | None
+    ) -> TokenDataset:
+        """like: what must have been made with the same tokenizer."""
+        dataset = self._find(given, key, self.run_dir / "data" / name, like)
+        if like is not None and dataset.fingerprint != like.fingerprint:
+            raise ConfigError(
+                f"{key}: {dataset.folder} was made with another tokenizer than {like.folder}; "
+                f"prepare both with one"
+            )
+        if self.config.data.verify and self.is_first:
+            self.say(f"Comparing the checksums of {dataset.folder} ...")
+            dataset.verify()
+        return dataset
+
+    def _find(
+        self, given: str | list[str], key: str, prepared: Path, like: TokenDataset | None
+    ) -> TokenDataset:
+        paths = [given] if isinstance(given, str) else given
+        ready = [path for path in paths if is_prepared(path)]
+        if ready and len(paths) > 1:
+            raise ConfigError(
+                f"{key}: {ready[0]} is a prepared folder, which must be given alone; prepare all "
+                f"texts into one folder, or name each in data.sources"
+            )
+        if ready:
+            return TokenDataset.open(ready[0])
+        if not self.fresh and is_prepared(prepared):
+            return TokenDataset.open(prepared)
+        self.say(f"Preparing {', '.join(paths)} ...")
+        tokenizer = like.tokenizer if like else load_tokenizer(self.config.data.tokenizer)
+        try:
+            dataset = prepare(paths, prepared, tokenizer)
+        except DataError as error:
+            raise DataError(f"{key}: {error}") from error
+        self.say(f"{dataset.n_documents:,} documents, {dataset.n_tokens:,} tokens in {prepared}")
+        return dataset
+
+
+def _training_rows(config: RunConfig, trained: list[TokenDataset], holds_out: bool, n: int) -> Rows:
+    """Rows of 1/n of a step."""
+    data, seed = config.data, config.train.seed
+    stop = 1.0 - data.valid_fraction if holds_out else 1.0
+    size = data.batch_size // n
+    rows = [_rows(data, dataset, batch_size=size, seed=seed, stop=stop) for dataset in trained]
+    if not data.sources:
+        return rows[0]
+    weights = [source.weight for source in data.sources]
+    return MixedBatches(rows, weights, batch_size=size, seed=seed)
+
+
+def _rows(
+    data: DataConfig,
+    dataset: TokenDataset,
     *,
-    fresh: bool,
-    say: Say,
-) -> TokenDataset:
-    paths = [given] if isinstance(given, str) else given
-    ready = [path for path in paths if is_prepared(path)]
-    if ready and len(paths) > 1:
-        raise ConfigError(
-            f"{key}: {ready[0]} is a prepared folder, which must be given alone; prepare all texts "
-            f"into one folder"
-        )
-    if ready:
-        return TokenDataset.open(ready[0])
-    if not fresh and is_prepared(prepared):
-        return TokenDataset.open(prepared)
-    say(f"Preparing {', '.join(paths)} ...")
-    made_with = tokenizer()
-    try:
-        dataset = prepare(paths, prepared, made_with)
-    except DataError as error:
-        raise DataError(f"{key}: {error}") from error
-    say(f"{dataset.n_documents:,} documents, {dataset.n_tokens:,} tokens in {prepared}")
-    return dataset
-
-
-def _training_rows(
-    config: RunConfig, dataset: TokenDataset, stop: float, share: tuple[int, int]
-) -> Rows:
-    rows = Batches(
-        dataset,
-        seq_len=config.data.seq_len,
-        batch_size=config.data.batch_size // share[1],
-        seed=config.train.seed,
-        stop=stop,
+    batch_size: int = 1,
+    seed: int = 0,
+    start: float = 0.0,
+    stop: float = 1.0,
+) -> OrderedRows:
+    kinds: dict[str, type[OrderedRows]] = {"stream": Batches, "best_fit": PackedBatches}
+    return kinds[data.packing](
+        dataset, seq_len=data.seq_len, batch_size=batch_size, seed=seed, start=start, stop=stop
     )
-    return _shared(rows, share)
 
 
 def _shared(rows: Rows, share: tuple[int, int]) -> Rows:
@@ -224,21 +258,30 @@ def _shared(rows: Rows, share: tuple[int, int]) -> Rows:
 
 
 def _validation_rows(
-    data: DataConfig, train: TokenDataset, valid: TokenDataset | None
-) -> Batches | None:
+    data: DataConfig, trained: list[TokenDataset], valid: TokenDataset | None
+) -> OrderedRows | MixedHeldOut | None:
     if valid is not None:
-        return Batches(valid, seq_len=data.seq_len, batch_size=1, seed=0)
+        return _rows(data, valid)
     if data.valid_fraction == 0:
         return None
     try:
-        return Batches(
-            train, seq_len=data.seq_len, batch_size=1, seed=0, start=1.0 - data.valid_fraction
-        )
+        rows = [_rows(data, dataset, start=1.0 - data.valid_fraction) for dataset in trained]
     except DataError as error:
         raise ConfigError(
             f"data.valid_fraction={data.valid_fraction} holds out too little for one row: {error}; "
             f"or set data.valid_fraction=0 for no validation"
         ) from error
+    if not data.sources:
+        return rows[0]
+    return MixedHeldOut(rows, [source.weight for source in data.sources])
+
+
+def _fingerprint_of_all(trained: list[TokenDataset], weights: list[float]) -> str:
+    """weights: of the sources, whose order and share count; none for data.train."""
+    if not weights:
+        return _fingerprint(trained[0])
+    parts = [[_fingerprint(dataset), weight] for dataset, weight in zip(trained, weights)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _fingerprint(dataset: TokenDataset) -> str:

@@ -72,8 +72,8 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Delete what a killed run was writing or deleting."""
-    folders = ("checkpoints/.tmp-*", "data/.*.partial", "data/.*.old")
+    """Delete what a killed run was writing or deleting; text half prepared is gone on with."""
+    folders = ("checkpoints/.tmp-*", "data/.*.old")
     for leftover in [path for pattern in folders for path in run_dir.glob(pattern)]:
         shutil.rmtree(leftover)
     for pattern in (".*.json.*", ".*.jsonl.*"):

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attamba.data import Batches, DataError, load_tokenizer, prepare
-from attamba.data.loader import _order
+from attamba.data.loader import draw_order
 
 N_TOKENS = 1000
 
@@ -101,8 +101,8 @@ def test_the_order_does_not_depend_on_the_batch_size(dataset):
 
 def test_the_order_is_fixed_for_ever():
     """A change here would change every resumed run."""
-    assert _order(8, seed=0, epoch=0).tolist() == ORDER_0
-    assert _order(8, seed=1, epoch=2).tolist() == ORDER_1
+    assert draw_order(8, seed=0, epoch=0).tolist() == ORDER_0
+    assert draw_order(8, seed=1, epoch=2).tolist() == ORDER_1
 
 
 ORDER_0 = [0, 2, 1, 5, 4, 3, 6, 7]

@@ -69,12 +69,12 @@ def test_any_span_of_tokens_and_their_documents(corpus, tmp_path, shard_tokens):
 def test_files_on_disk(corpus, tmp_path):
     prepare(corpus, tmp_path / "out", load_tokenizer("bytes"))
     assert entries(tmp_path / "out") == [
-        "documents-00000.npy",
+        "documents-00000-000.npy",
         "manifest.json",
         "tokenizer",
-        "tokens-00000.bin",
+        "tokens-00000-000.bin",
     ]
-    assert np.fromfile(tmp_path / "out/tokens-00000.bin", dtype="<u2").tolist() == stream()
+    assert np.fromfile(tmp_path / "out/tokens-00000-000.bin", dtype="<u2").tolist() == stream()
     assert entries(tmp_path) == ["corpus.jsonl", "out"]
 
 
@@ -158,11 +158,21 @@ def small_batches(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_batches")
-def test_an_interrupted_prepare_leaves_nothing(corpus, tmp_path):
+def test_an_interrupted_prepare_leaves_its_whole_shards(corpus, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         prepare(corpus, tmp_path / "out", FailingTokenizer(), shard_tokens=1)
+    (partial,) = tmp_path.glob(".out.*.partial")
+    assert {"tokens-00000-000.bin", "part-00000.json"} <= set(entries(partial))
+    assert not is_prepared(tmp_path / "out") and not is_prepared(partial)
+    prepare(corpus, tmp_path / "out", load_tokenizer("bytes"), shard_tokens=1).verify()
+    assert entries(tmp_path) == ["corpus.jsonl", "out"]
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_an_interrupted_prepare_without_a_whole_shard_leaves_nothing(corpus, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        prepare(corpus, tmp_path / "out", FailingTokenizer())
     assert entries(tmp_path) == ["corpus.jsonl"]
-    assert not is_prepared(tmp_path / "out")
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -260,7 +270,7 @@ def edit(prepared, **changes):
 
 
 def test_truncated_shard(prepared):
-    path = prepared / "tokens-00000.bin"
+    path = prepared / "tokens-00000-000.bin"
     data = path.read_bytes()
     path.write_bytes(data[:-2])
     with pytest.raises(
@@ -269,7 +279,7 @@ def test_truncated_shard(prepared):
         TokenDataset.open(prepared)
 
 
-@pytest.mark.parametrize("name", ["documents-00000.npy", "tokenizer/tokenizer_meta.json"])
+@pytest.mark.parametrize("name", ["documents-00000-000.npy", "tokenizer/tokenizer_meta.json"])
 def test_missing_file(prepared, name):
     (prepared / name).unlink()
     with pytest.raises(DataError, match=f"{name} is missing, .*; prepare the data anew"):
@@ -277,12 +287,12 @@ def test_missing_file(prepared, name):
 
 
 def test_altered_shard(prepared):
-    path = prepared / "tokens-00000.bin"
+    path = prepared / "tokens-00000-000.bin"
     data = bytearray(path.read_bytes())
     data[6] ^= 1
     path.write_bytes(data)
     dataset = TokenDataset.open(prepared)
-    with pytest.raises(DataError, match=r"tokens-00000\.bin was altered"):
+    with pytest.raises(DataError, match=r"tokens-00000-000\.bin was altered"):
         dataset.verify()
 
 
@@ -321,7 +331,7 @@ def test_manifest_with_missing_entries(prepared, change):
 
 
 def test_an_id_outside_the_vocabulary(prepared):
-    tokens = np.memmap(prepared / "tokens-00000.bin", dtype="<u2", mode="r+")
+    tokens = np.memmap(prepared / "tokens-00000-000.bin", dtype="<u2", mode="r+")
     tokens[1] = 256
     tokens.flush()
     dataset = TokenDataset.open(prepared)

@@ -224,7 +224,7 @@ def test_an_id_outside_the_vocabulary_is_refused_before_it_is_trained_on(
     bpe = train_bpe(texts, 300, tmp_path / "bpe")
     folder = tmp_path / "damaged"
     prepare(texts, folder, bpe)
-    tokens = np.memmap(folder / "tokens-00000.bin", dtype="<u2", mode="r+")
+    tokens = np.memmap(folder / "tokens-00000-000.bin", dtype="<u2", mode="r+")
     tokens[:] = 5000
     tokens.flush()
     prepare(texts, tmp_path / "good", bpe)

@@ -204,7 +204,7 @@ def test_leftovers_of_a_killed_run_are_removed(make_config):
     result = train(config)
     leftovers = [
         result.run_dir / "checkpoints" / ".tmp-step-00000002",
-        result.run_dir / "data" / ".train.123.partial",
+        result.run_dir / "data" / ".train.123.old",
     ]
     for folder in leftovers:
         folder.mkdir(parents=True)

@@ -88,7 +88,7 @@ def test_a_small_vocabulary_is_named(make_task_config):
 def test_text_beside_a_task_is_an_error(make_task_config):
     config = make_task_config()
     config.data.train = "book.txt"
-    with pytest.raises(ConfigError, match=r"data\.train and data\.valid would have no effect"):
+    with pytest.raises(ConfigError, match=r"data\.train, data\.valid and data\.sources would have"):
         train(config)
 
 

@@ -1,0 +1,119 @@
+"""The files of a prepared folder: on a local disk, or at a URL and kept in a cache.
+
+A file of a URL is read whole when it is first asked for, and its SHA-256 is compared before it is
+used. The cache is $ATTAMBA_CACHE, else ~/.cache/attamba; what is there is named by its SHA-256, so
+that folders share it and nothing in it is ever out of date. It is never tidied: it may be deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from .errors import DataError, require
+from .files import sha256
+from .inputs import is_url
+
+ANEW = "prepare the data anew (attamba data prepare)"
+
+
+class Folder(Protocol):
+    """Where files are."""
+
+    def read(self, name: str) -> bytes | None:
+        """A small file's content; None where it is missing."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where it is missing."""
+
+    def sha256(self, name: str) -> str:
+        """Of the content where it lies, read now."""
+
+    def local(self, name: str, entry: dict[str, Any]) -> Path:
+        """The file on a local disk. entry: its bytes and SHA-256, by the manifest."""
+
+
+def open_folder(path: str | Path) -> Folder:
+    """The folder at a local path or a URL that fsspec knows."""
+    return RemoteFolder(str(path)) if is_url(path) else LocalFolder(Path(path))
+
+
+class LocalFolder:
+    """A folder on a local disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, name: str) -> bytes | None:
+        path = self.path / name
+        return path.read_bytes() if path.is_file() else None
+
+    def size(self, name: str) -> int | None:
+        path = self.path / name
+        return path.stat().st_size if path.is_file() else None
+
+    def sha256(self, name: str) -> str:
+        return sha256(self.path / name)
+
+    def local(self, name: str, entry: dict[str, Any]) -> Path:
+        return self.path / name
+
+
+class RemoteFolder:
+    """A folder at a URL. Raises DataError where the URL's kind is unknown or cannot be reached."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        try:
+            self._fs, self._path = require("fsspec").core.url_to_fs(self.url)
+        except (ValueError, ImportError) as error:
+            # fsspec says which package reads URLs of this kind.
+            raise DataError(f"{url} cannot be opened: {error}") from error
+        self._sizes: dict[str, int] | None = None
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return self._fs.cat_file(f"{self._path}/{name}")
+        except FileNotFoundError:
+            return None
+
+    def size(self, name: str) -> int | None:
+        if self._sizes is None:  # one listing, not a request for each file
+            found = self._fs.find(self._path, detail=True)
+            self._sizes = {
+                path.removeprefix(self._path).lstrip("/"): info["size"]
+                for path, info in found.items()
+            }
+        return self._sizes.get(name)
+
+    def sha256(self, name: str) -> str:
+        digest = hashlib.sha256()
+        with self._fs.open(f"{self._path}/{name}", "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def local(self, name: str, entry: dict[str, Any]) -> Path:
+        kept = _cache() / entry["sha256"][:2] / f"{entry['sha256']}{Path(name).suffix}"
+        if kept.is_file() and kept.stat().st_size == entry["bytes"]:
+            return kept
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        aside = kept.with_name(f".{kept.name}.{os.getpid()}")
+        try:
+            self._fs.get_file(f"{self._path}/{name}", str(aside))
+            if sha256(aside) != entry["sha256"]:
+                raise DataError(
+                    f"{self.url}/{name} is not what its manifest says: it was altered or cut off "
+                    f"on the way; copy it there again, or {ANEW}"
+                )
+            os.replace(aside, kept)
+        finally:
+            aside.unlink(missing_ok=True)
+        return kept
+
+
+def _cache() -> Path:
+    given = os.environ.get("ATTAMBA_CACHE")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "attamba"

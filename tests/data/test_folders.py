@@ -1,0 +1,139 @@
+"""Prepared folders at URLs, their cache, and checksums."""
+
+import json
+
+import numpy as np
+import pytest
+
+from attamba.cli import main
+from attamba.data import DataError, TokenDataset, is_prepared, load_tokenizer, prepare, train_bpe
+
+fsspec = pytest.importorskip("fsspec")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTAMBA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """Five documents in as many shards."""
+    lines = [json.dumps({"text": f"document {i * i * i}: {i + 7919**i}"}) for i in range(5)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    tokenizer = train_bpe(tmp_path / "a.jsonl", 270, tmp_path / "bpe")
+    prepare(tmp_path / "a.jsonl", tmp_path / "out", tokenizer, shard_tokens=1)
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def memory(prepared):
+    """The same folder at memory://prepared."""
+    fs = fsspec.filesystem("memory")
+    fs.put(str(prepared), "/prepared", recursive=True)
+    yield fs
+    fs.rm("/prepared", recursive=True)
+
+
+def same(a, b):
+    assert a.n_tokens == b.n_tokens
+    assert np.array_equal(a.tokens(0, a.n_tokens), b.tokens(0, b.n_tokens))
+    assert np.array_equal(a.doc_ids(0, a.n_tokens), b.doc_ids(0, b.n_tokens))
+    for x, y in zip(a.documents(), b.documents(), strict=True):
+        assert np.array_equal(x.tokens, y.tokens) and x.source == y.source
+    assert a.tokenizer.fingerprint == b.tokenizer.fingerprint
+
+
+def test_shards_at_a_url_are_those_on_the_disk(prepared, memory):
+    here = TokenDataset.open(prepared)
+    assert len(here.manifest["shards"]) == 5
+    for url in ("memory://prepared", "memory://prepared/", f"file://{prepared}"):
+        assert is_prepared(url)
+        there = TokenDataset.open(url)
+        assert there.folder == url
+        same(here, there)
+        there.verify()
+
+
+def test_a_shard_is_fetched_once_and_when_it_is_needed(prepared, memory, cache, monkeypatch):
+    fetched = []
+    get = memory.get_file
+    monkeypatch.setattr(
+        type(memory), "get_file", lambda self, path, to: (fetched.append(path), get(path, to))
+    )
+    dataset = TokenDataset.open("memory://prepared")
+    assert not fetched
+    dataset.tokens(0, 3)
+    dataset.tokens(1, 5)
+    assert fetched == ["/prepared/tokens-00000-000.bin"]
+    again = TokenDataset.open("memory://prepared")
+    again.tokens(0, 5)
+    assert len(fetched) == 1
+    (kept,) = [path for path in cache.rglob("*") if path.is_file()]
+    kept.write_bytes(kept.read_bytes()[:-1])  # cut: fetched anew
+    TokenDataset.open("memory://prepared").tokens(0, 5)
+    assert len(fetched) == 2
+
+
+def test_a_shard_that_was_altered_at_its_url_is_refused(memory, cache):
+    name = "/prepared/tokens-00000-001.bin"
+    data = memory.cat_file(name)
+    memory.pipe_file(name, bytes([data[0] ^ 1]) + data[1:])
+    dataset = TokenDataset.open("memory://prepared")
+    dataset.tokens(0, 5)
+    with pytest.raises(DataError, match=r"memory://prepared/tokens-00000-001\.bin is not what its"):
+        dataset.tokens(0, dataset.n_tokens)
+    with pytest.raises(DataError, match=r"tokens-00000-001\.bin was altered"):
+        dataset.verify()
+    assert len([path for path in cache.rglob("*") if path.is_file()]) == 1
+
+
+def test_a_shard_that_is_cut_at_its_url_is_refused(memory):
+    name = "/prepared/tokens-00000-001.bin"
+    data = memory.cat_file(name)
+    memory.pipe_file(name, data[:-2])
+    with pytest.raises(DataError, match=rf"has {len(data) - 2} bytes, .* says {len(data)} bytes"):
+        TokenDataset.open("memory://prepared")
+    memory.rm(name)
+    with pytest.raises(DataError, match=r"tokens-00000-001\.bin is missing"):
+        TokenDataset.open("memory://prepared")
+
+
+def test_urls_that_lead_nowhere():
+    with pytest.raises(DataError, match=r"memory://none is no prepared folder"):
+        TokenDataset.open("memory://none")
+    assert not is_prepared("memory://none")
+    with pytest.raises(DataError, match=r"nowhere://a cannot be opened: Protocol not known"):
+        TokenDataset.open("nowhere://a")
+
+
+def test_verify_on_the_command_line(prepared, capsys):
+    assert main(["data", "verify", str(prepared)]) == 0
+    files = [path for path in prepared.rglob("*") if path.is_file()]
+    total = sum(path.stat().st_size for path in files if path.name != "manifest.json")
+    assert capsys.readouterr().out == (
+        f"{prepared}: {len(files) - 1} files, {total:,} bytes, all as they were written\n"
+    )
+    for number in (0, 2):
+        path = prepared / f"tokens-00000-00{number}.bin"
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert main(["data", "verify", str(prepared)]) == 2
+    told = capsys.readouterr().err
+    assert "tokens-00000-000.bin, " in told and "tokens-00000-002.bin were altered" in told
+
+
+def test_prepare_on_the_command_line(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": 2}\n{"text": "three"}\n')
+    command = ["data", "prepare", str(tmp_path / "out"), str(tmp_path / "a.jsonl")]
+    assert main([*command, "--workers", "1"]) == 2
+    assert "a.jsonl:2: 'text' is int, not text" in capsys.readouterr().err
+    assert main([*command, "--skip-bad", "--max-tokens", "3", "--shard-tokens", "4"]) == 0
+    told = capsys.readouterr().out
+    assert "1 documents, 4 tokens, 3 bytes, vocabulary 256" in told
+    assert main([*command, "--skip-bad"]) == 0
+    assert capsys.readouterr().out.endswith("1 records that are no text were passed over\n")
+    dataset = TokenDataset.open(tmp_path / "out")
+    assert dataset.n_documents == 2
+    assert dataset.fingerprint == load_tokenizer("bytes").fingerprint
