@@ -19,7 +19,9 @@ def near(got: torch.Tensor, want: torch.Tensor, limit: float) -> bool:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("gate", [False, True])
-@pytest.mark.parametrize("rows, parts, inputs, outputs", [(1, 0, 40, 6), (3, 2, 96, 34)])
+@pytest.mark.parametrize(
+    "rows, parts, inputs, outputs", [(1, 0, 40, 6), (3, 2, 96, 34), (20, 0, 600, 34)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_backends_are_the_reference(backend, norm, gate, rows, parts, inputs, outputs, dtype):
     sides = (parts,) if parts else ()
@@ -62,3 +64,14 @@ def test_shapes_that_disagree():
         thin_linear(x, weight[:5], gate=True)
     with pytest.raises(ValueError, match=r"residual is \[2, 5\], expected \[2, 6\]"):
         thin_linear(x, weight, residual=torch.zeros(2, 5))
+
+
+@kernel
+def test_the_rotary_table_of_a_step():
+    from attamba.ops.rotary import _kept_frequencies, rotary_table
+    from attamba.ops.rotary.triton import step_table_triton
+
+    positions = torch.tensor([[0], [5], [200_003], [8_000_000]])
+    got = step_table_triton(positions, _kept_frequencies(24, 1e4, positions.device))
+    for ours, want in zip(got, rotary_table(positions, 24, 1e4)):
+        assert ours.shape == want.shape and torch.allclose(ours, want, rtol=0, atol=1e-6)

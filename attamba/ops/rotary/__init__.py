@@ -43,7 +43,7 @@ def step_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, 
     """
     frequency = _kept_frequencies(head_dim, theta, positions.device)
     if choose("auto", positions.device) == "triton" and not torch.compiler.is_compiling():
-        from attamba.ops.rotary.kernels import step_table_triton
+        from attamba.ops.rotary.triton import step_table_triton
 
         return step_table_triton(positions, frequency)
     angle = positions[..., None, None] * frequency
