@@ -1,7 +1,7 @@
-"""A model made ready to train: activations computed anew, compiled, sharded over ranks.
+"""A model made ready to train: float8, activations computed anew, compiled, sharded over ranks.
 
 The model's own code knows nothing of it, and names of parameters and types of modules stay as they
-are: a module's forward is replaced on the instance.
+are (but of linear maps in float8): a module's forward is replaced on the instance.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _PRODUCTS = frozenset(
         torch.ops.aten.mm.default,
         torch.ops.aten.bmm.default,
         torch.ops.aten.addmm.default,
+        torch.ops.aten._scaled_mm.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -46,7 +47,8 @@ _PRODUCTS = frozenset(
 
 
 def parallelize(model: Decoder, mesh: DeviceMesh | None, config: RunConfig) -> Forward:
-    """Apply config.parallel and train.compile to `model`, in place; return what to call.
+    """Apply config.parallel, train.float8 and train.compile to `model`, in place; return what to
+    call.
 
     Ranks that share rows or layers each get a part of the logits; see tensor_ranks.
 
@@ -55,6 +57,11 @@ def parallelize(model: Decoder, mesh: DeviceMesh | None, config: RunConfig) -> F
 
     Gradients are averaged over the ranks of the mesh that work on different tokens.
     """
+    if config.train.float8 != "none":
+        from attamba.train.float8 import use_float8
+
+        tensor = 1 if mesh is None else mesh["tensor"].size()
+        use_float8(model, config.train.float8, tensor)
     if mesh is not None:
         mesh, rows = weights_mesh(mesh), mesh["context"]
         uses = splits(model)
