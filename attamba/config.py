@@ -229,9 +229,9 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast; weights and optimizer stay float32."""
     float8: Literal["none", "tensorwise", "rowwise"] = "none"
-    """The layers' linear maps in float8 while training, by one scale for each tensor (faster) or for
-    each row (more accurate); see docs/train.md. Needs train.dtype=bfloat16, torchao, and a CUDA
-    device of compute capability 8.9 or higher."""
+    """The layers' linear maps in float8 while training, with one scale per tensor (faster) or per
+    row (more accurate); see docs/train.md. Needs train.dtype=bfloat16, torchao, and a CUDA device
+    of compute capability 8.9 or higher."""
     compile: bool = False
     """torch.compile the model."""
     chunk_sizes: list[int] | None = None
@@ -336,8 +336,8 @@ class RunConfig:
             )
         if self.train.float8 != "none" and self.train.dtype != "bfloat16":
             raise ConfigError(
-                f"train.float8={self.train.float8} needs train.dtype=bfloat16, in which all else is "
-                f"computed, not {self.train.dtype}; set both, or leave it out"
+                f"train.float8={self.train.float8} needs train.dtype=bfloat16, for all else, not "
+                f"{self.train.dtype}; set both, or leave it out"
             )
         if self.data.batch_size % self.train.accumulate:
             raise ConfigError(

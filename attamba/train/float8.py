@@ -1,17 +1,17 @@
 """Linear maps in float8 while training, by torchao.
 
-A linear map is three products: its output, and the gradients of its input and of its weight. Each is
-computed of float8 numbers and summed in higher precision; every factor is scaled into float8's range
-by its own largest entry, at the moment it is used (dynamic scaling). Weights, their gradients, what
-enters a map and what leaves it stay as they are without it.
+A linear map is three products: its output, and the gradients of its input and of its weight. Their
+factors are float8, sums are not. A factor is scaled into float8's range by its own largest entry,
+in the moment it is used (dynamic scaling), so there is no state. Weights, their gradients, what
+enters a map and what leaves it have the types that they have without it.
 
-    tensorwise    one scale per tensor; e4m3, gradients of outputs e5m2 (as in arXiv 2209.05433)
+    tensorwise    one scale per tensor; e4m3, and e5m2 for gradients of outputs (arXiv 2209.05433)
     rowwise       one scale per row of a factor, a power of two; e4m3 everywhere
 
-Only layers have such maps. Embedding and head are left alone: the logits' error would go into every
-gradient, as arXiv 2209.05433 also holds. So are the compressors' last products, which are no modules.
+Only maps inside layers are meant. The rounding of embedding and head would be in every logit and
+every gradient; the compressors' last products belong to no module of their own.
 
-Only training does: validation, scoring and decoding of the same model use its weights as a
+Only training is: validation, scoring and decoding of the same model use its weights as a
 checkpoint has them.
 """
 

@@ -36,14 +36,14 @@ _PRODUCTS = frozenset(
         torch.ops.aten.mm.default,
         torch.ops.aten.bmm.default,
         torch.ops.aten.addmm.default,
-        torch.ops.aten._scaled_mm.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     }
 )
-"""What activation_checkpointing=selective keeps, beside attention over chunks."""
+"""What activation_checkpointing=selective keeps, beside attention over chunks. Products in float8
+are mm too, of torchao's tensors."""
 
 
 def parallelize(model: Decoder, mesh: DeviceMesh | None, config: RunConfig) -> Forward:
