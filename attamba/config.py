@@ -228,6 +228,10 @@ class TrainConfig:
     """auto (CUDA if there is one, else CPU), cpu, cuda, cuda:1, ..."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast; weights and optimizer stay float32."""
+    float8: Literal["none", "tensorwise", "rowwise"] = "none"
+    """The layers' linear maps in float8 while training, with one scale per tensor (faster) or per
+    row (more accurate); see docs/train.md. Needs train.dtype=bfloat16, torchao, and a CUDA device
+    of compute capability 8.9 or higher."""
     compile: bool = False
     """torch.compile the model."""
     chunk_sizes: list[int] | None = None
@@ -328,6 +332,11 @@ class RunConfig:
         if self.parallel.gather_dtype == "bfloat16" and self.train.dtype != "bfloat16":
             raise ConfigError(
                 f"parallel.gather_dtype=bfloat16 needs train.dtype=bfloat16, not "
+                f"{self.train.dtype}; set both, or leave it out"
+            )
+        if self.train.float8 != "none" and self.train.dtype != "bfloat16":
+            raise ConfigError(
+                f"train.float8={self.train.float8} needs train.dtype=bfloat16, for all else, not "
                 f"{self.train.dtype}; set both, or leave it out"
             )
         if self.data.batch_size % self.train.accumulate:

@@ -18,7 +18,7 @@ class MissingPackageError(ImportError):
     """An optional package is not installed; says how to install it."""
 
 
-def require(module: str) -> Any:
+def require(module: str, extra: str = "train") -> Any:
     """Import an optional module. Raises MissingPackageError naming the extra that holds it."""
     try:
         return importlib.import_module(module)
@@ -27,5 +27,5 @@ def require(module: str) -> Any:
         if error.name is None or error.name.split(".")[0] != package:
             raise  # the package is there and broken: its own message is the useful one
         raise MissingPackageError(
-            f"{package} is not installed; it comes with: pip install 'attamba[train]'"
+            f"{package} is not installed; it comes with: pip install 'attamba[{extra}]'"
         ) from error

@@ -42,9 +42,14 @@ def _heading(config: RunConfig, layout: Layout) -> list[str]:
         f"{layout.ranks:,} rank{'s' * (layout.ranks > 1)}: {mesh}",
         f"{c.data.batch_size:,} rows of {c.data.seq_len:,} tokens in a step; a rank has "
         f"{layout.tokens:,.0f} tokens in each of {layout.passes} pass{'es' * (layout.passes > 1)}",
-        f"products in {c.train.dtype}, weights gathered in {c.parallel.gather_dtype}, activation "
-        f"checkpointing {c.parallel.activation_checkpointing}",
+        f"products in {c.train.dtype}{_float8(c)}, weights gathered in {c.parallel.gather_dtype}, "
+        f"activation checkpointing {c.parallel.activation_checkpointing}",
     ]
+
+
+def _float8(config: RunConfig) -> str:
+    name = config.train.float8
+    return "" if name == "none" else f" (and float8, {name}, counted as if it were not)"
 
 
 def _rows(

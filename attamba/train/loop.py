@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from attamba.config import ConfigError, RunConfig
 from attamba.train.beside import Beside
 from attamba.train.distributed import Ranks, lock_for_all, open_ranks
+from attamba.train.float8 import check_float8
 from attamba.train.follow import RESULTS
 from attamba.train.interrupt import StopRequest, TrainingInterrupted, TrainingPreempted
 from attamba.train.metrics import MetricsLog, Record, Unwritten, records_up_to, rewrite
@@ -87,6 +88,7 @@ def open_loop(
     config.validate()
     run_dir = Path(config.out)
     with open_ranks(config) as ranks:
+        ranks.on_each(lambda: check_float8(config, ranks.device))
         tasks = _load_tasks(config, ranks)
         shown = config.train.progress and ranks.is_main
         with (

@@ -1,7 +1,7 @@
-"""A model made ready to train: activations computed anew, compiled, sharded over ranks.
+"""A model made ready to train: float8, activations computed anew, compiled, sharded over ranks.
 
 The model's own code knows nothing of it, and names of parameters and types of modules stay as they
-are: a module's forward is replaced on the instance.
+are (but of linear maps in float8): a module's forward is replaced on the instance.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ _PRODUCTS = frozenset(
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     }
 )
-"""What activation_checkpointing=selective keeps, beside attention over chunks."""
+"""What activation_checkpointing=selective keeps, beside attention over chunks. Products in float8
+are mm too, of torchao's tensors."""
 
 
 def parallelize(model: Decoder, mesh: DeviceMesh | None, config: RunConfig) -> Forward:
-    """Apply config.parallel and train.compile to `model`, in place; return what to call.
+    """Apply config.parallel, train.float8 and train.compile to `model`, in place; return what to
+    call.
 
     Ranks that share rows or layers each get a part of the logits; see tensor_ranks.
 
@@ -55,6 +57,11 @@ def parallelize(model: Decoder, mesh: DeviceMesh | None, config: RunConfig) -> F
 
     Gradients are averaged over the ranks of the mesh that work on different tokens.
     """
+    if config.train.float8 != "none":
+        from attamba.train.float8 import use_float8
+
+        tensor = 1 if mesh is None else mesh["tensor"].size()
+        use_float8(model, config.train.float8, tensor)
     if mesh is not None:
         mesh, rows = weights_mesh(mesh), mesh["context"]
         uses = splits(model)

@@ -34,7 +34,10 @@ is a word or words of torch.cuda.get_device_name. H100 alone is the SXM one."""
 
 
 def peak_flops(config: RunConfig, device: torch.device) -> float | None:
-    """FLOPs per second of one device at best; None where that is not known."""
+    """FLOPs per second of one device at best; None where that is not known.
+
+    It stays that of bfloat16 with train.float8: attention and scans do, and what is gained shows.
+    """
     if config.metrics.peak_tflops is not None:
         return config.metrics.peak_tflops * 1e12
     if device.type != "cuda" or config.train.dtype != "bfloat16":
