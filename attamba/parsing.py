@@ -168,7 +168,7 @@ def _choice(hint: Any, value: Any, where: str) -> Any:
 def _scalar(hint: Any, value: Any) -> Any:
     """Null, truth, number or text. Raises ValueError where it is none of that type."""
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-        return float(value)
+        value = float(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is float and is_number and math.isfinite(value):
         return float(value)
