@@ -70,9 +70,22 @@ def find_files(root: str) -> list[File]:
     return files
 
 
+def open_url(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it.
+
+    Raises DataError where the URL's kind is unknown or needs a package that is not installed.
+    """
+    core = require("fsspec").core
+    try:
+        return core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        # fsspec says which package reads URLs of this kind.
+        raise DataError(f"{url} cannot be opened: {error}") from error
+
+
 def _file_system(root: str) -> tuple[Any, str]:
     if is_url(root):
-        return require("fsspec").core.url_to_fs(root)
+        return open_url(root)
     # Not url_to_fs: to it, "::" and "*" in a file's name mean something.
     fs = require("fsspec.implementations.local").LocalFileSystem()
     return fs, os.path.abspath(os.path.expanduser(root))
