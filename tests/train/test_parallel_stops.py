@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ranks import on_ranks, start_ranks
+from ranks import Failed, on_ranks, start_ranks
 
-from attamba.config import RunConfig, to_dict
+from attamba.config import ConfigError, RunConfig, to_dict
 from attamba.data import Batches
 from attamba.train import (
     TrainingInterrupted,
@@ -179,6 +179,26 @@ def test_a_rank_killed_at_any_moment_loses_no_more_than_since_the_last_checkpoin
         assert steps_done(config.out) - saved[-1] <= 4
     on_ranks(2, train, config, timeout=120)
     assert curve(config.out) == curve(straight.out)
+
+
+def test_a_second_job_in_the_folder_is_refused_while_the_first_goes_on(make_config):
+    config = make_config({"train.steps": 10_000, "train.eval_every": 0})
+    processes, _ = start_ranks(2, train, config)
+    try:
+        while steps_done(config.out) < 2 and all(p.is_alive() for p in processes):
+            time.sleep(0.01)
+        with pytest.raises(Failed, match="another process is training in this folder"):
+            on_ranks(2, train, config)
+        with pytest.raises(ConfigError, match="another process is training in this folder"):
+            train(config)
+        before = steps_done(config.out)
+        while steps_done(config.out) < before + 2 and all(p.is_alive() for p in processes):
+            time.sleep(0.01)
+        assert all(process.is_alive() for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join(30)
 
 
 # --------------------------------------------------------------------------------------------
