@@ -11,6 +11,8 @@ from typing import Any
 from .errors import DataError, require
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
+NAMED_SUFFIXES = (*TEXT_SUFFIXES, ".raw")
+"""Of a file that is named itself: WikiText has wiki.test.raw. In a folder .raw may be anything."""
 COMPRESSIONS = {".xz": "xz", ".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 READABLE = ".txt .md .py .jsonl (each also as .xz .gz .bz2 .zst) and .parquet"
 
@@ -60,7 +62,7 @@ def find_files(root: str) -> list[File]:
             return _matches(fs, path, root)
         raise DataError(f"{root} does not exist; check the path")
     if not fs.isdir(path):
-        file = _classify(fs, path, root)
+        file = _classify(fs, path, root, NAMED_SUFFIXES)
         if file is None:
             raise DataError(f"{root} is not a kind of file that is read; there are: {READABLE}")
         return [file]
@@ -112,8 +114,11 @@ def _matches(fs: Any, pattern: str, root: str) -> list[File]:
     return files
 
 
-def _classify(fs: Any, path: str, name: str) -> File | None:
-    """What kind of file it is, by its suffixes; None: one that is not read."""
+def _classify(fs: Any, path: str, name: str, texts: tuple[str, ...] = TEXT_SUFFIXES) -> File | None:
+    """What kind of file it is, by its suffixes; None: one that is not read.
+
+    texts: suffixes of plain text.
+    """
     stem, suffix = os.path.splitext(path.lower())
     if suffix == ".parquet":
         return File(fs, path, name, "parquet", None)
@@ -122,6 +127,6 @@ def _classify(fs: Any, path: str, name: str) -> File | None:
         suffix = os.path.splitext(stem)[1]
     if suffix == ".jsonl":
         return File(fs, path, name, "jsonl", compression)
-    if suffix in TEXT_SUFFIXES:
+    if suffix in texts:
         return File(fs, path, name, "text", compression)
     return None
