@@ -7,21 +7,25 @@ is checked when a model is built.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import difflib
-import json
-import math
-import types
-import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, Union
+from typing import Any, ClassVar, Literal
 
 from attamba.mixers import MIXERS, AttambaMixer, ConfigError, Mixer, TransformerMixer
 from attamba.mixers import at_least as _at_least
 from attamba.monitoring import EvalConfig, MetricsConfig, ProfileConfig, SpikesConfig
+from attamba.parsing import (
+    did_you_mean,
+    from_dict,
+    parse_mixer,
+    parse_overrides,
+    read_tree,
+    set_key,
+    to_dict,
+    unknown_key,
+)
 
 __all__ = [
     "MIXERS",
@@ -41,6 +45,7 @@ __all__ = [
     "TrainConfig",
     "TransformerMixer",
     "apply_overrides",
+    "did_you_mean",
     "from_dict",
     "load_run_config",
     "override_model",
@@ -48,10 +53,6 @@ __all__ = [
     "read_tree",
     "to_dict",
 ]
-
-# --------------------------------------------------------------------------------------------
-# Model, data, optimisation, run
-# --------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
@@ -79,9 +80,9 @@ class ModelConfig:
         if isinstance(self.mixer, (list, tuple)):
             if not self.mixer:
                 raise ConfigError("mixer=[] is empty; give one mixer or a list of at least one")
-            self.mixer = [_mixer(m, f"mixer.{i}") for i, m in enumerate(self.mixer)]
+            self.mixer = [parse_mixer(m, f"mixer.{i}") for i, m in enumerate(self.mixer)]
         else:
-            self.mixer = _mixer(self.mixer, "mixer")
+            self.mixer = parse_mixer(self.mixer, "mixer")
         self.validate()
 
     def validate(self) -> None:
@@ -348,13 +349,6 @@ class RunConfig:
             _check_chunk_sizes(self.train.chunk_sizes, self.model.layer_mixers())
 
 
-# --------------------------------------------------------------------------------------------
-# Reading and writing
-# --------------------------------------------------------------------------------------------
-
-T = TypeVar("T")
-
-
 def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Defaults, then the YAML file at `path`, then `overrides` ("optim.lr=1e-3").
 
@@ -367,69 +361,13 @@ def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> R
     return config
 
 
-def read_tree(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML file, or of a .json one, for which pyyaml is not needed.
-
-    Raises ConfigError for what is neither; FileNotFoundError for a missing file.
-    """
-    text = Path(path).read_text(encoding="utf-8")
-    if Path(path).suffix == ".json":
-        try:
-            tree = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"{path} is not valid JSON: {error}") from error
-    else:
-        yaml = _yaml()
-        try:
-            tree = yaml.safe_load(text) or {}
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold keys and values, not {type(tree).__name__}")
-    return tree
-
-
-def _yaml() -> types.ModuleType:
-    try:
-        import yaml
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "pyyaml is not installed; it comes with: pip install 'attamba[train]'"
-        ) from error
-    return yaml
-
-
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """["a.b=1", "c=[x]"] -> {"a.b": 1, "c": ["x"]}; values are read as YAML.
-
-    Raises ConfigError for an argument without "=".
-    """
-    if not arguments:
-        return {}
-    yaml = _yaml()
-    overrides = {}
-    for argument in arguments:
-        key, equals, text = argument.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{argument!r} is not of the form key=value")
-        try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{key}: cannot read {text!r}: {error}") from error
-        if isinstance(value, str):  # YAML 1.1 takes 1e-3 for a string
-            with contextlib.suppress(ValueError):
-                value = float(value) if any(c.isdigit() for c in value) else value
-        overrides[key] = value
-    return overrides
-
-
 def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """`tree` with dotted keys set. A key below a list of mixers goes to each that has the field."""
-    tree = _copy(tree)
+    tree = deepcopy(tree)
     for key, value in overrides.items():
         head, _, rest = key.partition(".")
         path = (RunConfig.SHORTCUTS.get(head, head) + ("." + rest if rest else "")).split(".")
-        _set(tree, path, value, key)
+        set_key(tree, path, value, key)
     return tree
 
 
@@ -438,177 +376,8 @@ def override_model(config: ModelConfig, overrides: dict[str, Any]) -> ModelConfi
     tree = apply_overrides({"model": to_dict(config)}, overrides)
     others = sorted(set(tree) - {"model"})
     if others:
-        _unknown(others[0], ["model", "mixer"], "model")
+        unknown_key(others[0], ["model", "mixer"])
     return from_dict(ModelConfig, tree["model"], "model")
-
-
-def from_dict(cls: type[T], tree: dict[str, Any], where: str = "") -> T:
-    """Build a config dataclass from nested dictionaries.
-
-    Raises ConfigError for an unknown key (naming the nearest) or a value of the wrong type.
-    """
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values = {}
-    for key, value in tree.items():
-        if key not in fields:
-            _unknown(f"{where}.{key}" if where else str(key), list(fields), where)
-        values[key] = _coerce(hints[key], value, f"{where}.{key}" if where else key)
-    return cls(**values)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The config as plain dictionaries, lists and scalars; from_dict reads it back."""
-    return dataclasses.asdict(config)
-
-
-def _mixer(value: Any, where: str) -> Mixer:
-    if isinstance(value, typing.get_args(Mixer)):
-        return typing.cast(Mixer, value)
-    if not isinstance(value, dict):
-        raise ConfigError(
-            f'{where}={value!r} must be a dictionary with a "type", e.g. {{"type": "attamba"}}'
-        )
-    name = value.get("type", "attamba")
-    if name not in MIXERS:
-        there = ", ".join(MIXERS)
-        raise ConfigError(
-            f"{where}.type={name!r} is not a mixer (there are: {there}){did_you_mean(name, MIXERS)}"
-        )
-    return from_dict(MIXERS[name], value, where)
-
-
-def _coerce(hint: Any, value: Any, where: str) -> Any:
-    """`value` as `hint` asks, or a ConfigError."""
-    origin = typing.get_origin(hint)
-    if origin in (Union, types.UnionType):
-        options = typing.get_args(hint)
-        if any(o in MIXERS.values() for o in options):
-            if isinstance(value, list):
-                return [_mixer(v, f"{where}.{i}") for i, v in enumerate(value)]
-            return _mixer(value, where)
-        for option in options:
-            if dataclasses.is_dataclass(option) and isinstance(value, dict):
-                return _coerce(option, value, where)
-        for option in options:
-            try:
-                return _coerce(option, value, where)
-            except ConfigError:
-                continue
-    elif origin is Literal:
-        if value in typing.get_args(hint):
-            return value
-        choices = [str(choice) for choice in typing.get_args(hint)]
-        raise ConfigError(
-            f"{where}={value!r} must be one of: {', '.join(choices)}{did_you_mean(value, choices)}"
-        )
-    elif origin is list and isinstance(value, (list, tuple)):
-        return [_coerce(typing.get_args(hint)[0], v, f"{where}.{i}") for i, v in enumerate(value)]
-    elif origin is dict and isinstance(value, dict):
-        return dict(value)
-    elif dataclasses.is_dataclass(hint):
-        if isinstance(value, hint):  # type: ignore[arg-type]
-            return value
-        if isinstance(value, dict):
-            return from_dict(hint, value, where)  # type: ignore[arg-type]
-    elif hint is type(None):
-        if value is None:
-            return None
-    elif hint is bool:
-        if isinstance(value, bool):
-            return value
-    elif hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if isinstance(value, float) and value.is_integer():
-            return int(value)
-    elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if math.isfinite(value):
-                return float(value)
-        elif isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-            try:
-                return float(value)
-            except ValueError:
-                pass
-    elif hint is str and isinstance(value, str):
-        return value
-    raise ConfigError(f"{where}={value!r} must be {_describe(hint)}")
-
-
-def _describe(hint: Any) -> str:
-    origin = typing.get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(o) for o in typing.get_args(hint))
-    if origin is list:
-        return f"a list of {_describe(typing.get_args(hint)[0])}"
-    names = {
-        type(None): "null",
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-    }
-    if hint in names:
-        return names[hint]
-    return "a dictionary" if origin is dict or dataclasses.is_dataclass(hint) else str(hint)
-
-
-def _set(tree: Any, path: list[str], value: Any, key: str) -> None:
-    """Set tree[path] = value, making dictionaries on the way."""
-    head, *rest = path
-    if isinstance(tree, list):
-        if head.isdigit():
-            if int(head) >= len(tree):
-                raise ConfigError(f"{key}: the list has {len(tree)} entries, counted from 0")
-            if rest:
-                _set(tree[int(head)], rest, value, key)
-            else:
-                tree[int(head)] = value
-            return
-        takers = [t for t in tree if _takes(t, head)]
-        if not takers:
-            _unknown(key, sorted({n for t in tree for n in _field_names(t)}), key)
-        for taker in takers:
-            _set(taker, path, value, key)
-        return
-    if not rest:
-        tree[head] = value
-        return
-    child = tree.get(head)
-    if isinstance(child, str) and head == "boundary":
-        child = {"type": child}
-    if not isinstance(child, (dict, list)):
-        child = {}
-    tree[head] = child
-    _set(child, rest, value, key)
-
-
-def _field_names(mixer: dict[str, Any]) -> list[str]:
-    cls = MIXERS.get(mixer.get("type", "attamba"))
-    return [f.name for f in dataclasses.fields(cls)] if cls else []
-
-
-def _takes(mixer: Any, name: str) -> bool:
-    return isinstance(mixer, dict) and name in _field_names(mixer)
-
-
-def _copy(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {k: _copy(v) for k, v in tree.items()}
-    return [_copy(v) for v in tree] if isinstance(tree, list) else tree
-
-
-def did_you_mean(name: Any, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest known one, or nothing."""
-    nearest = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
-
-
-def _unknown(key: str, known: Sequence[str], where: str) -> typing.NoReturn:
-    nearest = difflib.get_close_matches(key.rsplit(".", 1)[-1], known, n=1, cutoff=0.4)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known)}"
-    raise ConfigError(f"unknown key {key!r}{hint}")
 
 
 def _check_chunk_sizes(sizes: list[int], mixers: list[Mixer]) -> None:

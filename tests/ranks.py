@@ -55,6 +55,38 @@ def start_ranks(n: int, work: Callable[..., Any], *args: Any) -> tuple[list[Any]
     return processes, queue
 
 
+def in_meshes(configs: list[Any], work: Callable[[Any, Any], Any]) -> list[Any]:
+    """`work(config, ranks)` for each configuration, by the ranks of its own mesh."""
+    from attamba.train.distributed import open_ranks
+
+    found = []
+    for config in configs:
+        with open_ranks(config) as ranks:
+            found.append(work(config, ranks))
+    return found
+
+
+def train_until(config: Any, step: int | None = None) -> list[dict[str, Any]]:
+    """Train by `step` steps, or to the end; the metrics without times, on rank 0, if it came there.
+
+    Runs on one rank, or on all those that there are.
+    """
+    from attamba.train import TrainingInterrupted, train
+
+    asked: list[int] = []
+
+    def should_stop() -> bool:
+        asked.append(1)
+        return len(asked) == step
+
+    try:
+        metrics = train(config, should_stop=should_stop).metrics
+    except TrainingInterrupted:
+        return []
+    keep = ("kind", "step", "tokens", "loss", "grad_norm", "lr", "valid_loss")
+    return [{key: record[key] for key in keep if key in record} for record in metrics]
+
+
 def _be_rank(
     rank: int, n: int, port: int, queue: Any, work: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:

@@ -202,6 +202,8 @@ def test_unknown_names(key, nearest):
         ("model.dim=true", "model.dim=True must be a whole number"),
         ("optim.lr=fast", "optim.lr='fast' must be a number"),
         ("optim.lr=1e999", "must be a number"),
+        ("optim.weight_decay=nan", "must be a number"),
+        ("optim.grad_clip=inf", "must be a number"),
         ("train.compile=1", "train.compile=1 must be true or false"),
         ("out=3", "out=3 must be text"),
         ("data=3", "data=3 must be a dictionary"),

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from attamba import cli, commands, config
+from attamba import cli, config
+from attamba.commands import evaluation
 from attamba.config import load_run_config, override_model, parse_overrides
 from attamba.ops.chunking import BOUNDARIES
 
@@ -250,7 +251,7 @@ def _check_own(args: argparse.Namespace) -> None:
     elif words:
         override_model(config.ModelConfig(), parse_overrides(words))
     if getattr(args, "sweep", None):
-        field, swept = commands._sweep(args.sweep)
+        field, swept = evaluation.parse_sweep(args.sweep)
         for value in swept:
             override_model(config.ModelConfig(), {field: value})
 

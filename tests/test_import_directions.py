@@ -21,7 +21,7 @@ PACKAGE = Path(attamba.__file__).parent
 
 # A part may import parts of an earlier line, and of its own.
 LAYERS = [
-    {"config", "mixers", "monitoring", "data", "ops"},
+    {"config", "mixers", "monitoring", "parsing", "data", "ops"},
     {"modules"},
     {"models"},
     {
@@ -37,7 +37,8 @@ RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 ALLOWED = {
     "mixers": {"mixers"},
     "monitoring": {"monitoring", "mixers"},
-    "config": {"config", "mixers", "monitoring"},
+    "parsing": {"parsing", "mixers"},
+    "config": {"config", "mixers", "monitoring", "parsing"},
     "data": {"data", "config"},
     "ops": {"ops"},
 }

@@ -12,9 +12,9 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-from .errors import DataError, require
+from .errors import DataError
 from .files import sha256
-from .inputs import is_url
+from .inputs import is_url, open_url
 
 ANEW = "prepare the data anew (attamba data prepare)"
 
@@ -66,11 +66,7 @@ class RemoteFolder:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        try:
-            self._fs, self._path = require("fsspec").core.url_to_fs(self.url)
-        except (ValueError, ImportError) as error:
-            # fsspec says which package reads URLs of this kind.
-            raise DataError(f"{url} cannot be opened: {error}") from error
+        self._fs, self._path = open_url(self.url)
         self._sizes: dict[str, int] | None = None
 
     def read(self, name: str) -> bytes | None:

@@ -11,6 +11,8 @@ from typing import Any
 from .errors import DataError, require
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
+NAMED_SUFFIXES = (*TEXT_SUFFIXES, ".raw")
+"""Of a file that is named itself: WikiText has wiki.test.raw. In a folder .raw may be anything."""
 COMPRESSIONS = {".xz": "xz", ".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 READABLE = ".txt .md .py .jsonl (each also as .xz .gz .bz2 .zst) and .parquet"
 
@@ -60,7 +62,7 @@ def find_files(root: str) -> list[File]:
             return _matches(fs, path, root)
         raise DataError(f"{root} does not exist; check the path")
     if not fs.isdir(path):
-        file = _classify(fs, path, root)
+        file = _classify(fs, path, root, NAMED_SUFFIXES)
         if file is None:
             raise DataError(f"{root} is not a kind of file that is read; there are: {READABLE}")
         return [file]
@@ -70,9 +72,22 @@ def find_files(root: str) -> list[File]:
     return files
 
 
+def open_url(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it.
+
+    Raises DataError where the URL's kind is unknown or needs a package that is not installed.
+    """
+    core = require("fsspec").core
+    try:
+        return core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        # fsspec says which package reads URLs of this kind.
+        raise DataError(f"{url} cannot be opened: {error}") from error
+
+
 def _file_system(root: str) -> tuple[Any, str]:
     if is_url(root):
-        return require("fsspec").core.url_to_fs(root)
+        return open_url(root)
     # Not url_to_fs: to it, "::" and "*" in a file's name mean something.
     fs = require("fsspec.implementations.local").LocalFileSystem()
     return fs, os.path.abspath(os.path.expanduser(root))
@@ -99,8 +114,11 @@ def _matches(fs: Any, pattern: str, root: str) -> list[File]:
     return files
 
 
-def _classify(fs: Any, path: str, name: str) -> File | None:
-    """What kind of file it is, by its suffixes; None: one that is not read."""
+def _classify(fs: Any, path: str, name: str, texts: tuple[str, ...] = TEXT_SUFFIXES) -> File | None:
+    """What kind of file it is, by its suffixes; None: one that is not read.
+
+    texts: suffixes of plain text.
+    """
     stem, suffix = os.path.splitext(path.lower())
     if suffix == ".parquet":
         return File(fs, path, name, "parquet", None)
@@ -109,6 +127,6 @@ def _classify(fs: Any, path: str, name: str) -> File | None:
         suffix = os.path.splitext(stem)[1]
     if suffix == ".jsonl":
         return File(fs, path, name, "jsonl", compression)
-    if suffix in TEXT_SUFFIXES:
+    if suffix in texts:
         return File(fs, path, name, "text", compression)
     return None

@@ -41,9 +41,6 @@ class OrderedRows(ABC):
     Raises DataError if an argument is out of range.
     """
 
-    n_windows: int
-    """Rows, that is steps * batch_size per epoch."""
-
     def __init__(
         self,
         dataset: TokenDataset,
@@ -67,6 +64,12 @@ class OrderedRows(ABC):
         self._first, self._last = int(start * dataset.n_tokens), int(stop * dataset.n_tokens)
         self._fraction = f"the fraction [{start:g}, {stop:g})"
         self._orders: dict[int, np.ndarray] = {}
+        self.n_windows = self._count()
+        """Rows, that is steps * batch_size per epoch."""
+
+    @abstractmethod
+    def _count(self) -> int:
+        """How many rows the tokens [_first, _last) give. Raises DataError if they give none."""
 
     @property
     def bytes_per_token(self) -> float:
@@ -112,27 +115,16 @@ class Batches(OrderedRows):
     Raises DataError if an argument is out of range or there are too few tokens for one window.
     """
 
-    def __init__(
-        self,
-        dataset: TokenDataset,
-        *,
-        seq_len: int,
-        batch_size: int,
-        seed: int,
-        start: float = 0.0,
-        stop: float = 1.0,
-    ) -> None:
-        super().__init__(
-            dataset, seq_len=seq_len, batch_size=batch_size, seed=seed, start=start, stop=stop
-        )
+    def _count(self) -> int:
         n_tokens = self._last - self._first
-        self.n_windows = max(0, (n_tokens - 1) // seq_len)
-        if not self.n_windows:
+        n_windows = max(0, (n_tokens - 1) // self.seq_len)
+        if not n_windows:
             raise DataError(
-                f"{dataset.folder}: {self._fraction} of its {dataset.n_tokens} "
-                f"tokens is {n_tokens} tokens, and one window of seq_len={seq_len} needs "
-                f"{seq_len + 1}; give more text, a shorter seq_len or a larger fraction"
+                f"{self.dataset.folder}: {self._fraction} of its {self.dataset.n_tokens} "
+                f"tokens is {n_tokens} tokens, and one window of seq_len={self.seq_len} needs "
+                f"{self.seq_len + 1}; give more text, a shorter seq_len or a larger fraction"
             )
+        return n_windows
 
     def rows(self, windows: Sequence[int]) -> Batch:
         """The given windows, in the order of the text; a batch of len(windows) rows."""

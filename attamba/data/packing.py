@@ -15,7 +15,6 @@ import numpy as np
 
 from .errors import DataError
 from .loader import UNSCORED, Batch, OrderedRows
-from .shards import TokenDataset
 
 
 class PackedBatches(OrderedRows):
@@ -32,35 +31,25 @@ class PackedBatches(OrderedRows):
     Raises DataError if an argument is out of range or there is no token.
     """
 
-    def __init__(
-        self,
-        dataset: TokenDataset,
-        *,
-        seq_len: int,
-        batch_size: int,
-        seed: int,
-        start: float = 0.0,
-        stop: float = 1.0,
-    ) -> None:
-        super().__init__(
-            dataset, seq_len=seq_len, batch_size=batch_size, seed=seed, start=start, stop=stop
-        )
+    filling: float
+    """Share of the rows that is empty."""
+
+    def _count(self) -> int:
         n_tokens = max(0, self._last - self._first - 1)
         if not n_tokens:
             raise DataError(
-                f"{dataset.folder}: {self._fraction} of its {dataset.n_tokens} tokens holds no two "
-                f"tokens; give more text or a larger fraction"
+                f"{self.dataset.folder}: {self._fraction} of its {self.dataset.n_tokens} tokens "
+                f"holds no two tokens; give more text or a larger fraction"
             )
-        begins = dataset.starts[
-            slice(*np.searchsorted(dataset.starts, [self._first + 1, self._last - 1]))
-        ]
-        begins = np.concatenate([[self._first], begins])
+        starts = self.dataset.starts
+        starts = starts[slice(*np.searchsorted(starts, [self._first + 1, self._last - 1]))]
+        begins = np.concatenate([[self._first], starts])
         lengths = np.diff(np.append(begins, self._last - 1))
-        self._begins, self._lengths, self._rows = _pack(begins, lengths, seq_len)
-        self.n_windows = len(self._rows) - 1
-        self.filling = 1 - n_tokens / (self.n_windows * seq_len)
-        """Share of the rows that is empty."""
-        self._eos_id = int(dataset.manifest["tokenizer"]["eos_id"])
+        self._begins, self._lengths, self._rows = _pack(begins, lengths, self.seq_len)
+        n_rows = len(self._rows) - 1
+        self.filling = 1 - n_tokens / (n_rows * self.seq_len)
+        self._eos_id = int(self.dataset.manifest["tokenizer"]["eos_id"])
+        return n_rows
 
     def rows(self, windows: Sequence[int]) -> Batch:
         """The given rows; those of documents that were cut come first. int64 [len(windows), T]."""

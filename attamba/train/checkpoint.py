@@ -254,7 +254,7 @@ def consolidate(path: str | Path, run_dir: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> RunConfig:
-    """The RunConfig of a verified checkpoint."""
+    """The RunConfig of a verified checkpoint, or of a run's folder."""
     return from_dict(RunConfig, json.loads((folder / CONFIG).read_text(encoding="utf-8")))
 
 

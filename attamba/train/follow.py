@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -19,11 +18,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attamba.config import ConfigError, RunConfig, from_dict
+from attamba.config import ConfigError, RunConfig
+from attamba.data.files import hold
 from attamba.mixers import at_least
 from attamba.models import Decoder
 from attamba.train import losses
-from attamba.train.checkpoint import load, read_state
+from attamba.train.checkpoint import load, read_config, read_state
 from attamba.train.metrics import append_line, read_metrics
 from attamba.train.progress import scores
 from attamba.train.run_folder import STATUS
@@ -102,7 +102,7 @@ class _Follower:
     def score_next(self) -> bool:
         """Score the oldest checkpoint that is due. False: none is."""
         for checkpoint in list_checkpoints(self.run_dir):
-            config = read_run_config(self.run_dir)
+            config = read_config(self.run_dir)  # what the run goes on with now
             kinds = due(step_of(checkpoint), config, self._results())
             if kinds:
                 self._score(checkpoint, kinds, config)
@@ -181,11 +181,6 @@ def told(record: Record) -> str:
     return f"{record['checkpoint']}  {scores(record)}"
 
 
-def read_run_config(run_dir: Path) -> RunConfig:
-    """The configuration that the run goes on with now."""
-    return from_dict(RunConfig, json.loads((run_dir / "config.json").read_text(encoding="utf-8")))
-
-
 def _has_ended(run_dir: Path) -> bool:
     path = run_dir / STATUS
     state = json.loads(path.read_text(encoding="utf-8"))["state"] if path.exists() else None
@@ -195,19 +190,17 @@ def _has_ended(run_dir: Path) -> bool:
 @contextmanager
 def _alone(run_dir: Path, *, wait: bool) -> Iterator[None]:
     """One follower at a time. wait: for another to end, which no training wants any more."""
-    with open(run_dir / ".follow.lock", "a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if not wait:
-                    raise ConfigError(
-                        f"{run_dir}: another process scores its checkpoints already; wait for it, "
-                        f"or stop it"
-                    ) from error
-                time.sleep(POLL)
-        yield
+    while True:
+        with hold(run_dir / ".follow.lock") as is_held:
+            if is_held:
+                yield
+                return
+        if not wait:
+            raise ConfigError(
+                f"{run_dir}: another process scores its checkpoints already; wait for it, or stop "
+                f"it"
+            )
+        time.sleep(POLL)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from attamba.config import ConfigError, RunConfig, to_dict
 from attamba.data import is_prepared
-from attamba.data.files import write_json
+from attamba.data.files import hold, write_json
 from attamba.train.checkpoint import read_config
 from attamba.train.storage import (
     CheckpointError,
@@ -72,22 +72,18 @@ def lock(run_dir: Path) -> Iterator[None]:
     The system drops the lock when the process ends, however it ends. Raises ConfigError if another
     process holds it, or `out` cannot be a folder.
     """
-    import fcntl
-
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(
             f"out={run_dir} is, or is below, a file that is no folder; set another out"
         ) from error
-    with open(run_dir / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with hold(run_dir / ".lock") as is_held:
+        if not is_held:
             raise ConfigError(
                 f"out={run_dir}: another process is training in this folder; wait for it, stop "
                 f"it, or set another out"
-            ) from error
+            )
         yield
 
 

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from attamba.cli import main
-from attamba.data import DataError, TokenDataset, is_prepared, load_tokenizer, prepare, train_bpe
+from attamba.data import (
+    DataError,
+    TokenDataset,
+    is_prepared,
+    load_tokenizer,
+    prepare,
+    read_documents,
+    train_bpe,
+)
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -106,6 +114,8 @@ def test_urls_that_lead_nowhere():
     assert not is_prepared("memory://none")
     with pytest.raises(DataError, match=r"nowhere://a cannot be opened: Protocol not known"):
         TokenDataset.open("nowhere://a")
+    with pytest.raises(DataError, match=r"nowhere://a cannot be opened: Protocol not known"):
+        list(read_documents("nowhere://a"))
 
 
 def test_verify_on_the_command_line(prepared, capsys):

@@ -30,7 +30,7 @@ def zstd(data):
 COMPRESS = {".xz": lzma.compress, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstd}
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.py", "A.TXT"])
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.py", "A.TXT", "wiki.test.raw"])
 def test_text_is_read_byte_for_byte(tmp_path, name):
     (tmp_path / name).write_bytes(TEXT.encode())
     assert texts(tmp_path / name) == [TEXT]
@@ -73,7 +73,8 @@ def test_parquet(tmp_path):
 
 
 def test_folder_is_recursive_sorted_and_leaves_out_what_is_not_text(tmp_path):
-    for name in ("b.txt", "a/z.md", "a/b/c.py", ".hidden.txt", ".git/x.txt", "a/.h/y.txt", "p.png"):
+    hidden = (".hidden.txt", ".git/x.txt", "a/.h/y.txt")
+    for name in ("b.txt", "a/z.md", "a/b/c.py", *hidden, "p.png", "p.raw"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "a/__init__.py").write_text("")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import in_meshes, on_ranks, train_until
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -80,14 +80,6 @@ def gradients(config: RunConfig, ranks: Ranks) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in found.items()}
 
 
-def gradients_of_all(configs: list[RunConfig]) -> list[dict[str, Tensor]]:
-    found = []
-    for config in configs:
-        with open_ranks(config) as ranks:
-            found.append(gradients(config, ranks))
-    return found
-
-
 @pytest.fixture
 def make_parallel(make_config):
     """make_config for rows enough for four ranks, twice."""
@@ -102,7 +94,7 @@ def make_parallel(make_config):
 def test_gradients_are_those_of_one_rank(make_parallel):
     """In every mesh, with rows that count unequally: loss, norm, and the clipped gradients."""
     configs = [make_parallel(change) for change in CASES.values()]
-    several = on_ranks(4, gradients_of_all, configs)
+    several = on_ranks(4, in_meshes, configs, gradients)
     for name, config, *found in zip(CASES, configs, *several):
         own = dataclasses.replace(config.parallel, replicate=1, shard=1)
         alone = dataclasses.replace(config, parallel=own)
@@ -175,12 +167,6 @@ def test_selective_does_not_multiply_again(make_parallel):
     assert none == selective < full
 
 
-def curve(config: RunConfig) -> list[dict]:
-    """What a run leaves in its metrics, without the times."""
-    keep = ("kind", "step", "tokens", "loss", "grad_norm", "lr", "valid_loss")
-    return [{k: r[k] for k in keep if k in r} for r in train(config).metrics]
-
-
 def assert_close(a: list[dict], b: list[dict], tolerance: float = 1e-3) -> None:
     """The same records but for sums in another order, which AdamW enlarges."""
     assert len(a) == len(b)
@@ -194,15 +180,17 @@ def assert_close(a: list[dict], b: list[dict], tolerance: float = 1e-3) -> None:
 def test_a_run_is_that_of_one_rank(make_parallel):
     """Losses, norms, rates, tokens and validation, of rows that do not divide among the ranks."""
     change = {"train.eval_rows": 3, "train.steps": 6, "model.mixer.boundary": "random"}
-    records = on_ranks(2, curve, make_parallel(change, out="several"))
+    records = on_ranks(2, train_until, make_parallel(change, out="several"))
     assert records[1] == []
-    assert_close(records[0], curve(make_parallel(change, out="alone")), 1e-4)
+    assert_close(records[0], train_until(make_parallel(change, out="alone")), 1e-4)
 
 
 def test_many_chunk_sizes_are_drawn_alike(make_parallel):
     change = {"train.chunk_sizes": [2, 4, 8], "train.steps": 4}
-    records = on_ranks(2, curve, make_parallel(change | BOTH | {"parallel.shard": 1}, out="two"))
-    assert_close(records[0], curve(make_parallel(change, out="alone")), 1e-4)
+    records = on_ranks(
+        2, train_until, make_parallel(change | BOTH | {"parallel.shard": 1}, out="two")
+    )
+    assert_close(records[0], train_until(make_parallel(change, out="alone")), 1e-4)
 
 
 WRONG = [

@@ -10,36 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import on_ranks, train_until
 
 from attamba.cli import main
 from attamba.config import RunConfig
 from attamba.train import (
     CheckpointError,
-    TrainingInterrupted,
     list_checkpoints,
     load,
     sharded,
     train,
 )
 from attamba.train.checkpoint import MODEL, OPTIMIZER, read_tensors
-
-KEEP = ("kind", "step", "tokens", "loss", "grad_norm", "lr", "valid_loss")
-
-
-def go(config: RunConfig, until: int | None = None) -> list[dict]:
-    """Train, to the end or up to a step, on all ranks that there are; the metrics, on rank 0."""
-    asked: list[int] = []
-
-    def should_stop() -> bool:
-        asked.append(1)
-        return len(asked) == until
-
-    try:
-        metrics = train(config, should_stop=should_stop).metrics
-    except TrainingInterrupted:
-        return []
-    return [{k: r[k] for k in KEEP if k in r} for r in metrics]
 
 
 def assert_close(a: list[dict], b: list[dict]) -> None:
@@ -58,23 +40,23 @@ def on_mesh(config: RunConfig, replicate: int, shard: int) -> RunConfig:
 def test_a_run_goes_on_with_other_numbers_of_ranks(make_config):
     """4 ranks, 2, 1, 2 and 4, each from the checkpoint of those before."""
     change = {"model.tie_embeddings": True, "train.eval_every": 5, "train.save_every": 0}
-    straight = go(make_config(change, out="straight"))
+    straight = train_until(make_config(change, out="straight"))
     config = make_config(change)
-    on_ranks(4, go, on_mesh(config, 2, 2), 3)
-    on_ranks(2, go, on_mesh(config, 1, 2), 2)
-    assert go(config, 2) == []
-    on_ranks(2, go, on_mesh(config, 2, 1), 2)
-    records = on_ranks(4, go, on_mesh(config, 1, 4))
+    on_ranks(4, train_until, on_mesh(config, 2, 2), 3)
+    on_ranks(2, train_until, on_mesh(config, 1, 2), 2)
+    assert train_until(config, 2) == []
+    on_ranks(2, train_until, on_mesh(config, 2, 1), 2)
+    records = on_ranks(4, train_until, on_mesh(config, 1, 4))
     assert [r["step"] for r in records[0] if r["kind"] == "train"] == list(range(1, 13))
     assert_close(records[0], straight)
 
 
 def test_on_the_same_ranks_the_rest_is_the_same_to_the_bit(make_config):
-    straight = on_ranks(2, go, make_config(out="straight"))
+    straight = on_ranks(2, train_until, make_config(out="straight"))
     config = make_config({"train.keep": 2, "train.save_every": 2})
-    on_ranks(2, go, config, 7)
+    on_ranks(2, train_until, config, 7)
     assert [c.name for c in list_checkpoints(config.out)] == ["step-00000006", "step-00000007"]
-    assert on_ranks(2, go, config) == straight
+    assert on_ranks(2, train_until, config) == straight
     names = sorted(path.name for path in (Path(config.out) / "checkpoints").iterdir())
     assert names == ["step-00000010", "step-00000012"]
     a, b = (load(out)[0] for out in (config.out, make_config(out="straight").out))
@@ -91,7 +73,7 @@ def of_two(tmp_path_factory, prepared):
     change = {"data.train": str(prepared), "train.steps": 4, "train.save_every": 2}
     out = tmp_path_factory.mktemp("of-two") / "run"
     config = from_dict(RunConfig, {**apply_overrides(TINY, change), "out": str(out)})
-    on_ranks(2, go, config)
+    on_ranks(2, train_until, config)
     return config
 
 
@@ -143,15 +125,15 @@ def damage(checkpoint: Path) -> None:
 
 def test_of_a_damaged_checkpoint_the_one_before_is_used(make_config):
     change = {"train.save_every": 4}
-    straight = on_ranks(2, go, make_config(change, out="straight"))
+    straight = on_ranks(2, train_until, make_config(change, out="straight"))
     config = make_config(change)
-    on_ranks(2, go, config, 9)
+    on_ranks(2, train_until, config, 9)
     older, newest = list_checkpoints(config.out)
     assert older.name == "step-00000008"
     damage(newest)
     with pytest.raises(CheckpointError, match=r"shard-00002.* was altered after it was saved"):
         load(newest)
-    assert on_ranks(2, go, config) == straight
+    assert on_ranks(2, train_until, config) == straight
     names = [path.name for path in newest.parent.iterdir()]
     assert "damaged-step-00000009" in names and newest.name not in names
     for checkpoint in list_checkpoints(config.out):

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ranks import on_ranks, start_ranks
+from ranks import Failed, on_ranks, start_ranks
 
-from attamba.config import RunConfig, to_dict
+from attamba.config import ConfigError, RunConfig, to_dict
 from attamba.data import Batches
 from attamba.train import (
     TrainingInterrupted,
@@ -157,25 +157,48 @@ def steps_done(folder: str) -> int:
 
 
 def test_a_rank_killed_at_any_moment_loses_no_more_than_since_the_last_checkpoint(make_config):
-    change = {"train.steps": 40, "train.save_every": 2, "train.eval_every": 10}
+    """20 times; each time one to three steps further than before, and a moment more."""
+    change = {"train.steps": 150, "train.save_every": 2, "train.eval_every": 10}
     straight, config = make_config(change, out="straight"), make_config(change, out="killed")
-    on_ranks(2, train, straight)
+    on_ranks(2, train, straight, timeout=120)
     draw = random.Random(0)
-    for _ in range(3):
-        began = steps_done(config.out)
+    for _ in range(20):
+        until = steps_done(config.out) + draw.randint(1, 3)
         processes, _ = start_ranks(2, train, config)
-        while steps_done(config.out) < began + 3 and all(p.is_alive() for p in processes):
+        while steps_done(config.out) < until and all(p.is_alive() for p in processes):
             time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.1))
-        processes[draw.randrange(2)].kill()
+        time.sleep(draw.uniform(0, 0.05))
+        killed = processes[draw.randrange(2)]
+        assert killed.is_alive()
+        killed.kill()
         for process in processes:
             process.join(30)
             assert not process.is_alive()
         saved = [0, *(int(path.name[-8:]) for path in list_checkpoints(config.out))]
         # One may be half written, the one before is then whole; before step 4 none need be.
         assert steps_done(config.out) - saved[-1] <= 4
-    on_ranks(2, train, config)
+    on_ranks(2, train, config, timeout=120)
     assert curve(config.out) == curve(straight.out)
+
+
+def test_a_second_job_in_the_folder_is_refused_while_the_first_goes_on(make_config):
+    config = make_config({"train.steps": 10_000, "train.eval_every": 0})
+    processes, _ = start_ranks(2, train, config)
+    try:
+        while steps_done(config.out) < 2 and all(p.is_alive() for p in processes):
+            time.sleep(0.01)
+        with pytest.raises(Failed, match="another process is training in this folder"):
+            on_ranks(2, train, config)
+        with pytest.raises(ConfigError, match="another process is training in this folder"):
+            train(config)
+        before = steps_done(config.out)
+        while steps_done(config.out) < before + 2 and all(p.is_alive() for p in processes):
+            time.sleep(0.01)
+        assert all(process.is_alive() for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join(30)
 
 
 # --------------------------------------------------------------------------------------------

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import in_meshes, on_ranks, train_until
 from torch import Tensor
 
 from attamba.config import ConfigError, RunConfig
 from attamba.data import UNSCORED, Batch
 from attamba.models import build_model
-from attamba.train import TrainingInterrupted, train
 from attamba.train.distributed import Ranks, check_ranks, open_ranks
 from attamba.train.parallelize import parallelize
 from attamba.train.run import Run
@@ -87,14 +86,6 @@ def undecayed(config: RunConfig) -> list[str]:
     return sorted(names[p] for g in groups if g["weight_decay"] == 0.0 for p in g["params"])
 
 
-def gradients_of_all(configs: list[RunConfig]) -> list[dict[str, Tensor]]:
-    found = []
-    for config in configs:
-        with open_ranks(config) as ranks:
-            found.append(gradients(config, ranks))
-    return found
-
-
 @pytest.fixture
 def make_shared(make_config):
     """make_shared(mixer, mesh, more): rows of 24 tokens, enough for four ranks."""
@@ -118,7 +109,7 @@ def alone(config: RunConfig) -> RunConfig:
 
 
 def assert_equal(n: int, configs: dict[str, RunConfig]) -> None:
-    several = on_ranks(n, gradients_of_all, list(configs.values()), timeout=120)
+    several = on_ranks(n, in_meshes, list(configs.values()), gradients, timeout=120)
     for (name, config), *found in zip(configs.items(), *several):
         expected = gradients(alone(config), Ranks(torch.device("cpu")))
         assert expected["norm"] > 0.5
@@ -189,38 +180,22 @@ def test_meshes_of_four(make_shared):
     assert_equal(4, configs)
 
 
-def resumed(config: RunConfig, until: int | None = None) -> list[dict]:
-    """Train, to the end or to a step; the metrics, on rank 0."""
-    asked: list[int] = []
-
-    def should_stop() -> bool:
-        asked.append(1)
-        return len(asked) == until
-
-    try:
-        metrics = train(config, should_stop=should_stop).metrics
-    except TrainingInterrupted:
-        return []
-    keep = ("kind", "step", "tokens", "loss", "grad_norm", "valid_loss")
-    return [{k: r[k] for k in keep if k in r} for r in metrics]
-
-
 def test_a_run_goes_on_in_other_meshes(make_shared):
     """Tensor 2 x shard 2, one process, context 2 x tensor 2, two copies: one curve."""
     mixers = [ATTAMBA, MAMBA]
     change = {"train.eval_every": 4, "train.save_every": 0, "train.steps": 10}
     change |= {"model.tie_embeddings": True, "optim.weight_decay": 0.5}
     change |= {"train.chunk_sizes": [2, 4], "train.accumulate": 2}
-    straight = resumed(make_shared(mixers, {"shard": 1}, {**change, "out": "straight"}))
+    straight = train_until(make_shared(mixers, {"shard": 1}, {**change, "out": "straight"}))
 
     def on(mesh: dict[str, int]) -> RunConfig:
         return make_shared(mixers, mesh, change)
 
-    on_ranks(4, resumed, on({"tensor": 2, "shard": 2}), 3)
-    assert resumed(on({"shard": 1}), 2) == []
-    on_ranks(4, resumed, on({"tensor": 2, "context": 2}), 2)
-    on_ranks(2, resumed, on({"replicate": 2}), 1)
-    records, *_ = on_ranks(2, resumed, on({"tensor": 2}))
+    on_ranks(4, train_until, on({"tensor": 2, "shard": 2}), 3)
+    assert train_until(on({"shard": 1}), 2) == []
+    on_ranks(4, train_until, on({"tensor": 2, "context": 2}), 2)
+    on_ranks(2, train_until, on({"replicate": 2}), 1)
+    records, *_ = on_ranks(2, train_until, on({"tensor": 2}))
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 11))
     assert len(records) == len(straight)
     for found, expected in zip(records, straight):
@@ -303,14 +278,33 @@ def test_what_divides_can_be_shared(make_shared):
 def compiled_gradients(configs: list[RunConfig]) -> list[dict[str, Tensor]]:
     """By the compiler's front end alone, which is what parts of parameters must get through."""
     torch.compile = partial(torch.compile, backend="eager")
-    return gradients_of_all(configs)
+    return in_meshes(configs, gradients)
 
 
-def test_layers_that_share_can_be_compiled(make_shared):
+def test_layers_can_be_compiled_in_every_mesh(make_shared):
     compiled = {"train.compile": True, "model.n_layers": 1}
-    config = make_shared(SEQUENCE, {"tensor": 2}, compiled)
-    plain = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=False))
-    expected = gradients(alone(plain), Ranks(torch.device("cpu")))
-    for (found,) in on_ranks(2, compiled_gradients, [config], timeout=120):
-        for key, tensor in expected.items():
-            assert (found[key] - tensor).norm() < 5e-5 * tensor.norm(), key
+    meshes = [{name: 2} for name in ("tensor", "context", "shard", "replicate")]
+    configs = [make_shared(SEQUENCE, mesh, compiled) for mesh in meshes]
+    plain = make_shared(SEQUENCE, {"shard": 1}, {**compiled, "train.compile": False})
+    expected = gradients(plain, Ranks(torch.device("cpu")))
+    for of_rank in on_ranks(2, compiled_gradients, configs, timeout=120):
+        for mesh, found in zip(meshes, of_rank):
+            for key, tensor in expected.items():
+                assert (found[key] - tensor).norm() < 5e-5 * tensor.norm(), (mesh, key)
+
+
+def test_ranks_that_share_lose_about_as_much_to_bfloat16_as_one_does(make_shared):
+    """Of each gradient, against float32: rounding errors differ, of sums over ranks, too."""
+    mixed = {"train.dtype": "bfloat16"}
+    meshes = [{"tensor": 2, "context": 2}, {"tensor": 2, "shard": 2}, {"context": 2, "shard": 2}]
+    configs = [make_shared(ATTAMBA, mesh, mixed) for mesh in meshes]
+    exact, rounded = (
+        gradients(alone(config), Ranks(torch.device("cpu")))
+        for config in (make_shared(ATTAMBA, {"shard": 1}), configs[0])
+    )
+    for of_rank in on_ranks(4, in_meshes, configs, gradients, timeout=120):
+        for mesh, found in zip(meshes, of_rank):
+            for key, tensor in exact.items():
+                lost = (rounded[key] - tensor).norm() / tensor.norm()
+                error = (found[key] - tensor).norm() / tensor.norm()
+                assert error < 3 * lost + 0.03, f"{mesh}: {key} {error:.3f}, alone {lost:.3f}"
