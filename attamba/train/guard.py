@@ -23,8 +23,7 @@ _NONFINITE, _SPIKES, _IN_A_ROW, _LONGEST, _TAKEN = range(5)
 class Guard:
     """Judges every step by its loss and gradient norm, which are those of all ranks on each.
 
-    Once one of the limits is reached every further step is left out, uncounted, until `check` is
-    called and raises.
+    Once one of the limits is reached every further step is left out, uncounted; `reached` tells.
     """
 
     def __init__(self, config: SpikesConfig, device: torch.device) -> None:
