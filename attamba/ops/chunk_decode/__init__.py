@@ -52,7 +52,8 @@ def attend_step(
         mask: bool [B], False for rows that take no token: they stay as they are, and what is
             returned for them is finite and means nothing. Default: all rows take one.
         rotary: cosine and sine, float32 [B or 1, 1, D/2], applied to q and k. Default: none.
-        more: two tensors [B, G, D] to add to k and v first. Default: none.
+        more: two tensors [B, G, D] to add to k and v first. Default: none. "triton" then reads q, k
+            and v while the kernel before it may still run: that one may make `more`, not them.
         backend: see attamba.ops. Scores and softmax are float32 in all of them.
 
     Returns [B, H, D] in q's dtype. Raises ValueError where shapes disagree.
