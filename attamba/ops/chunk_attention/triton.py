@@ -16,6 +16,7 @@ from torch import Tensor
 from attamba.ops.chunk_attention import kernels
 from attamba.ops.chunk_attention.tiles import tiles
 from attamba.ops.chunking import document_starts
+from attamba.ops.layout import last_dense
 
 UNBOUNDED = -1  # leading_tokens=None inside the operator, which takes plain integers
 MAX_WIDTH = 256
@@ -54,7 +55,7 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns out [B, Tq, H, D], lse float32 [B, H, Tq] (base 2), before, index; see kernels.py."""
-    q, k, v = map(_last_dense, (q, k, v))
+    q, k, v = map(last_dense, (q, k, v))
     batch, n_queries, heads, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(batch, heads, n_queries, dtype=torch.float32)
@@ -79,7 +80,7 @@ def _backward(
     lead: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, d_out = map(_last_dense, (q, k, v, d_out))
+    q, k, v, d_out = map(last_dense, (q, k, v, d_out))
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     if dk.numel() and not dq.numel():
         return dq, dk.zero_(), dv.zero_()
@@ -116,10 +117,6 @@ def _grad(ctx, d_out, *_):
 
 
 _forward.register_autograd(_grad, setup_context=_save)
-
-
-def _last_dense(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _number(ends: Tensor | None, k: Tensor) -> tuple[Tensor, Tensor]:

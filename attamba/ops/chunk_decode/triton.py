@@ -18,6 +18,7 @@ from attamba.ops.chunk_decode.compress import CompressorWeights
 from attamba.ops.chunk_decode.held import Held
 from attamba.ops.chunk_decode.state.kernels import compress_step_kernel
 from attamba.ops.chunk_decode.tiles import step_tile
+from attamba.ops.layout import last_dense
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -81,11 +82,11 @@ def _attend_step(
     ring: int,
 ) -> Tensor:
     """The pages that `table` points to change too; `table` stands for them."""
-    q, k, v = map(_last_dense, (q, k, v))
+    q, k, v = map(last_dense, (q, k, v))
     batch, heads, width = q.shape
     groups = k.shape[1]
     per_group = heads // groups
-    more_k, more_v = (k if t is None else _last_dense(t) for t in (more_k, more_v))
+    more_k, more_v = (k if t is None else last_dense(t) for t in (more_k, more_v))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     tile = step_tile(batch * groups, per_group, width, dtype, q.device)
     overlap = overlaps(q.device)
@@ -176,7 +177,7 @@ def _compress_step(
     starts: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
-    projected = _last_dense(projected)
+    projected = last_dense(projected)
     batch, heads, state, width = h.shape
     inner = heads // 2 * width
     y = projected.new_empty(batch, 2, inner)
@@ -216,7 +217,3 @@ def _compress_step(
 @_compress_step.register_fake
 def _(projected, h, *_):
     return projected.new_empty(h.shape[0], 2, h.shape[1] // 2 * h.shape[3])
-
-
-def _last_dense(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from attamba.ops.backends import overlaps
+from attamba.ops.layout import last_dense
 from attamba.ops.thin_linear.kernels import thin_linear_kernel
 
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ def _launch(
     gate: bool,
     normed: Tensor | None,
 ) -> Tensor:
-    x, weight = _last_dense(x), weight.contiguous()
-    added = x if residual is None else _last_dense(residual)
+    x, weight = last_dense(x), weight.contiguous()
+    added = x if residual is None else last_dense(residual)
     out = _output(x, weight, gain, residual, eps, gate)
     rows, inputs = x.shape[0], x.shape[-1]
     parts, outputs = x.shape[1] if x.dim() == 3 else 1, out.shape[-1]
@@ -139,7 +140,3 @@ def _output(
 ) -> Tensor:
     outputs = weight.shape[-2]
     return x.new_empty(*x.shape[:-1], outputs // 2 if gate else outputs)
-
-
-def _last_dense(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
