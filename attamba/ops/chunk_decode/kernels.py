@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attamba.ops.thin_linear.kernels import wait_for_predecessor
+from attamba.ops.thin_linear.kernels import let_successor_start, wait_for_predecessor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -108,9 +108,11 @@ def attend_step_kernel(
     """One key/value head of one row, a share of the entries, SHARE or more. The last program to
     finish adds the new token and the entry that it pushes out, writes both, and reduces.
 
-    Until then nothing of the cache changes, so no program sees half of a step. With MORE the
-    predecessor makes that alone, and queries are older: what is held is read beside it.
+    Until then nothing of the cache changes, so no program sees half of a step. With MORE what is
+    held is read beside the kernels that make it: queries must have been made before compress_step
+    (which lets nobody start before all that precedes it has ended).
     """
+    let_successor_start(OVERLAP)
     if not MORE:
         wait_for_predecessor(OVERLAP)
     bh = tl.program_id(0)

@@ -11,15 +11,23 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def wait_for_predecessor(OVERLAP: tl.constexpr):
-    """What comes before may run beside the predecessor: no more than reading constants.
+def let_successor_start(OVERLAP: tl.constexpr):
+    """From here on the kernel after this one may start, up to its wait_for_predecessor.
 
-    Called at once in every kernel of the chain, so that nothing starts before all kernels but
-    the last one have ended (programmatic dependent launch).
+    Programmatic dependent launch. Where it stands first, kernels later in the chain hold their
+    weights while this one still waits; where it stands after the wait, whoever starts knows that
+    all but its predecessor have ended.
     """
     if OVERLAP:
-        gdc_wait()
         gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_predecessor(OVERLAP: tl.constexpr):
+    """What comes before may run beside earlier kernels of the chain: it writes nothing, and reads
+    constants alone, or what has ended for sure. After it all earlier kernels have ended."""
+    if OVERLAP:
+        gdc_wait()
 
 
 @triton.jit
@@ -60,6 +68,7 @@ def thin_linear_kernel(
 ):  # fmt: skip
     """out [R, P, N]. weight: [P, N, K], or [P, 2N, K] with GATE. KEEP: the first program of
     each row stores the normed x [R, K] as kept_x (P is 1)."""
+    let_successor_start(OVERLAP)
     part = tl.program_id(1)
     parts = tl.num_programs(1)
     n = tl.program_id(0) * BN + tl.arange(0, BN)

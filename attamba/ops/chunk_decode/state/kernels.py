@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attamba.ops.thin_linear.kernels import wait_for_predecessor
+from attamba.ops.thin_linear.kernels import let_successor_start, wait_for_predecessor
 
 
 @triton.jit
@@ -111,6 +111,7 @@ def compress_step_kernel(
     rate = tl.exp(tl.load(A_log + head, mask=live, other=0.0).to(tl.float32))
     skip = tl.load(D_skip + head, mask=live, other=0.0).to(tl.float32)
     wait_for_predecessor(OVERLAP)
+    let_successor_start(OVERLAP)  # only now: attend_step reads what has been made before
 
     x_in += _now(x_row, tap, x_at, live, TAPS)
     b_in += _now(x_row, tap, b_at, in_state, TAPS)
