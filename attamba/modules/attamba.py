@@ -222,7 +222,8 @@ class ChunkAttention(TimeMixer):
         if isinstance(self.compressors, MeanPooling):
             return self._direct(self.compressors(u, starts, span, state)[:, own])
         k, v = self.compressors(u, starts, span, state, longest)
-        k_direct, v_direct = self._direct(x)
+        # Under autocast as the products' inputs are: a float32 u would be kept beside them.
+        k_direct, v_direct = self._direct(x.to(k.dtype))
         return k_direct + k[:, own], v_direct + v[:, own]
 
     def _direct(self, u: Tensor) -> tuple[Tensor, Tensor]:
