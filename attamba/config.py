@@ -235,6 +235,10 @@ class TrainConfig:
     of compute capability 8.9 or higher."""
     compile: bool = False
     """torch.compile the model."""
+    cuda_graphs: bool = False
+    """Replay passes from CUDA graphs, for models so small that the host cannot launch their kernels
+    as fast as a GPU runs them. The same numbers; what a pass holds keeps its memory. Needs a CUDA
+    device and one process."""
     chunk_sizes: list[int] | None = None
     """P of each step, drawn from these: one model for many P. Default: the mixer's own."""
     log_every: int = 10

@@ -26,10 +26,7 @@ def bare_step(config: RunConfig, batch: Batch, device: torch.device) -> Callable
     limit, scored = config.optim.grad_clip or math.inf, batch.n_scored
     mixed = config.train.dtype == "bfloat16"
     rows = config.data.batch_size // config.train.accumulate
-    parts = [
-        [losses.sent(array, device) for array in (part.inputs, part.targets, part.doc_ids)]
-        for part in losses.parts(batch, rows)
-    ]
+    parts = [losses.on_device(part, device) for part in losses.parts(batch, rows)]
 
     def step() -> None:
         optimizer.zero_grad()

@@ -52,6 +52,7 @@ TINY: dict[str, Any] = {
     "train.accumulate": 1,
     "train.dtype": "float32",
     "train.compile": False,
+    "train.cuda_graphs": False,
     "train.log_every": 1,
     "train.eval_every": 0,
     "train.eval_rows": 2,

@@ -140,9 +140,9 @@ class _Follower:
         assert self._sources.valid is not None  # or it would not be due
         batch = self._sources.valid.rows(windows)
         total = sum(
-            float(losses.nats(logits, losses.sent(part.targets, self.device)))
+            float(losses.nats(losses.logits(model, rows, config), rows.targets))
             for part in losses.parts(batch, self.rows)
-            for logits in [losses.logits(model, part, config, self.device)]
+            for rows in [losses.on_device(part, self.device)]
         )
         loss = total / batch.n_scored
         return {"valid_loss": loss, "valid_bits_per_byte": self._sources.bits_per_byte(loss)}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from attamba.data import Batch
 from attamba.modules.mixer import AttentionInputs, TimeMixer
+from attamba.train import losses
 from attamba.train.observers import Observer
 from attamba.train.optim import total_norm
 from attamba.train.parallelize import reshard
@@ -104,12 +105,13 @@ class LayerStatistics(Observer):
         shared = run.config.parallel.context > 1  # a rank has not all keys of its row
         assert run.batch is not None
         row = Batch(run.batch.inputs[:1], run.batch.targets[:1], run.batch.doc_ids[:1])
+        sent = losses.on_device(row, run.device)
         with (
             _watched(run.model, figures, 0 if shared else self._queries),
             run.drawn_chunks(),
             torch.compiler.set_stance("force_eager"),  # hooks within a compiled layer are not heard
         ):
-            run.logits(row, run.forward)
+            run.logits(sent, run.forward)
         reshard(run.model)
         for name, by_name in figures.items():
             largest = name == "activation_absmax"

@@ -17,6 +17,7 @@ from attamba.train.follow import RESULTS
 from attamba.train.interrupt import StopRequest, TrainingInterrupted, TrainingPreempted
 from attamba.train.metrics import MetricsLog, Record, Unwritten, records_up_to, rewrite
 from attamba.train.observers import Observer, open_observers
+from attamba.train.passes import check_cuda_graphs
 from attamba.train.progress import Silent, open_progress
 from attamba.train.run import Run, TrainingDiverged
 from attamba.train.run_folder import open_run_folder, told_status
@@ -89,6 +90,7 @@ def open_loop(
     run_dir = Path(config.out)
     with open_ranks(config) as ranks:
         ranks.on_each(lambda: check_float8(config, ranks.device))
+        ranks.on_each(lambda: check_cuda_graphs(config, ranks.device, ranks.size))
         tasks = _load_tasks(config, ranks)
         shown = config.train.progress and ranks.is_main
         with (

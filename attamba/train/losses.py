@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +17,18 @@ from attamba.config import RunConfig
 from attamba.data import UNSCORED, Batch
 
 
+class Rows(NamedTuple):
+    """A Batch on a device: int64 [B, T] each."""
+
+    inputs: Tensor
+    targets: Tensor
+    doc_ids: Tensor
+
+
 def logits(
     forward: Callable[..., Tensor],
-    batch: Batch,
+    rows: Rows,
     config: RunConfig,
-    device: torch.device,
     *,
     keep_casts: bool = True,
 ) -> Tensor:
@@ -30,14 +38,13 @@ def logits(
     keep_casts: let autocast keep what it cast until the end of the pass; not for parameters that
         come and go.
     """
-    doc_ids = sent(batch.doc_ids, device) if config.data.doc_mask else None
     with torch.autocast(
-        device.type,
+        rows.inputs.device.type,
         dtype=torch.bfloat16,
         enabled=config.train.dtype == "bfloat16",
         cache_enabled=keep_casts,
     ):
-        return forward(sent(batch.inputs, device), doc_ids=doc_ids)
+        return forward(rows.inputs, doc_ids=rows.doc_ids if config.data.doc_mask else None)
 
 
 def nats(logits: Tensor, targets: Tensor) -> Tensor:
@@ -54,8 +61,13 @@ def parts(batch: Batch, rows: int) -> Iterator[Batch]:
         yield Batch(batch.inputs[part], batch.targets[part], batch.doc_ids[part])
 
 
-def sent(array: np.ndarray, device: torch.device) -> Tensor:
-    """On the device. From pinned memory, or the host would wait until a GPU is idle."""
+def on_device(batch: Batch, device: torch.device) -> Rows:
+    """Sent there without waiting for it."""
+    return Rows(*(_sent(a, device) for a in (batch.inputs, batch.targets, batch.doc_ids)))
+
+
+def _sent(array: np.ndarray, device: torch.device) -> Tensor:
+    """From pinned memory, or the host would wait until a GPU is idle."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         tensor = tensor.pin_memory()

@@ -23,6 +23,7 @@ from attamba.train.distributed import Ranks
 from attamba.train.guard import Guard, n_skipped, step_unless
 from attamba.train.optim import build_optimizer, clip_gradients, local, lr_at
 from attamba.train.parallelize import Forward, parallelize, reduce_on_last, reshard, tensor_ranks
+from attamba.train.passes import CapturedPasses, Passes
 from attamba.train.phases import Phases
 from attamba.train.run_folder import check_same_data
 from attamba.train.sources import Rows, Sources
@@ -73,6 +74,7 @@ class Run:
         watchdog.follow(self.model)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.nats = _nats(self.tensor_ranks, config.train.compile)
+        self.passes = self._passes()
         self.guard = Guard(config.spikes, self.device)
         self.phases = Phases(self.device)
         self.saver = None if ranks.alone else _open_saver(ranks, config)
@@ -147,7 +149,7 @@ class Run:
             batch = self.batch = self.sources.train.batch(self.step)
         self.watchdog.beat(f"step {self.step + 1}")
         self.model.set_draw(self.step)
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.passes.keeps_gradients)
         with self.drawn_chunks():
             loss = self.gradients(batch)
         with self.phases("optimizer"):
@@ -192,17 +194,16 @@ class Run:
         """
         batch = self._own(batch)
         total = torch.zeros((), device=self.device)
-        scored = self.ranks.count(batch.n_scored)
+        scored = torch.full_like(total, self.ranks.count(batch.n_scored))
         parts = list(losses.parts(batch, self.rows))
         for number, part in enumerate(parts, 1):
             reduce_on_last(self.model, number == len(parts))
             with self.phases("forward"):
-                loss = self._loss_sum(part) / scored
+                rows = losses.on_device(part, self.device)
+                loss = self.passes.forward(rows, scored, self.chunk_size)
             with self.phases("backward"):
-                # Sharding averages gradients over ranks, and the mean is over the targets of all.
-                # Ranks that share layers count the same targets, each of them, and so cancel out.
-                (loss * self.ranks.size).backward()
-            total += loss.detach()
+                self.passes.backward()
+            total += loss
         return self.ranks.sum(total)
 
     @contextmanager
@@ -233,7 +234,7 @@ class Run:
         self.model.eval()
         for part in losses.parts(batch, self.rows):
             self.watchdog.beat(f"validation after step {self.step}")
-            total += self._loss_sum(part)
+            total += self._loss_sum(losses.on_device(part, self.device))
         self.model.train()
         reshard(self.model)
         return float(self.ranks.sum(total)) / self.ranks.count(batch.n_scored)
@@ -247,9 +248,20 @@ class Run:
         lm = AttambaLM(self.model, self.sources.tokenizer, context=context, batch_size=self.rows)
         return figures(run_tasks(lm, tasks, limit=self.config.eval.limit, stderr=False))
 
-    def _loss_sum(self, batch: Batch) -> Tensor:
+    def _passes(self) -> Passes:
+        def mean_loss(rows: losses.Rows, scored: Tensor) -> Tensor:
+            return self._loss_sum(rows) / scored
+
+        # Sharding averages gradients over ranks, and the mean is over the targets of all. Ranks
+        # that share layers count the same targets, each of them, and so cancel out.
+        factor = float(self.ranks.size)
+        if self.config.train.cuda_graphs:
+            return CapturedPasses(mean_loss, factor, self.model.parameters())
+        return Passes(mean_loss, factor)
+
+    def _loss_sum(self, rows: losses.Rows) -> Tensor:
         """Summed cross entropy in nats, in float32 whatever the model computes in."""
-        return self.nats(self.logits(batch, self.forward), losses.sent(batch.targets, self.device))
+        return self.nats(self.logits(rows, self.forward), rows.targets)
 
     def _own(self, batch: Batch) -> Batch:
         """Targets of this rank's tokens alone, where several share the rows."""
@@ -258,11 +270,11 @@ class Run:
             return batch
         return replace(batch, targets=batch.targets[:, ranks.span(batch.targets.shape[1])])
 
-    def logits(self, batch: Batch, forward: Forward) -> Tensor:
+    def logits(self, rows: losses.Rows, forward: Forward) -> Tensor:
         """What `forward`, the model or a compiled one, says of the rows; [rows, T, V]."""
         # Gathered parameters come and go: their casts must not stay behind in autocast's cache.
         alone = self.ranks.alone
-        return losses.logits(forward, batch, self.config, self.device, keep_casts=alone)
+        return losses.logits(forward, rows, self.config, keep_casts=alone)
 
     def _clip(self) -> Tensor:
         """The gradient norm over all parameters, before clipping to optim.grad_clip."""

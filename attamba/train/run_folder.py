@@ -48,6 +48,7 @@ FREE = frozenset(
         "spikes.max_skipped",
         "data.verify",
         "train.accumulate",
+        "train.cuda_graphs",
         "parallel.replicate",
         "parallel.shard",
         "parallel.tensor",

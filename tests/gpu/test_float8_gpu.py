@@ -50,24 +50,41 @@ def make_config(tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("tokens", [256, 63, 1])
-def test_products_are_those_of_the_cpu(recipe, tokens):
-    """Outputs and gradients of one map, of any number of tokens."""
-    torch.manual_seed(0)
+def test_products_are_exact_to_three_bits(recipe, tokens):
+    """Outputs and gradients of one map, against products of the same bfloat16 numbers.
+
+    Rounding to e4m3 is off by 2.6% in the mean of squares, to e5m2 by 5%, and two factors are.
+    """
     config = from_dict(RunConfig, TREE).model
-    x = torch.randn(tokens, config.dim)
-    g = torch.randn(tokens, 2 * 3 * config.dim)
+    torch.manual_seed(0)
+    x = torch.randn(tokens, config.dim, device="cuda", dtype=torch.bfloat16)
     found = []
-    for device in ("cpu", "cuda"):
+    for in_float8 in (True, False):
         torch.manual_seed(1)
-        model = build_model(config).to(device)
-        use_float8(model, recipe)
+        model = build_model(config).cuda()
+        if in_float8:
+            use_float8(model, recipe)
         linear = model.layers[0].get_submodule("ffn.w13")
-        inputs = x.detach().to(device, torch.bfloat16).requires_grad_()
-        out = linear(inputs)
-        out.backward(g.to(device, out.dtype))
-        found.append([t.detach().float().cpu() for t in (out, inputs.grad, linear.weight.grad)])
-    for on_cpu, on_gpu in zip(*found):
-        assert (on_gpu - on_cpu).norm() / on_cpu.norm() < 1e-2
+        inputs = x.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            out = linear(inputs)
+        torch.manual_seed(2)
+        out.backward(torch.randn_like(out))
+        found.append([t.detach().float() for t in (out, inputs.grad, linear.weight.grad)])
+    for float8, exact in zip(*found):
+        assert 1e-3 < (float8 - exact).norm() / exact.norm() < 0.1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_token_is_as_one_of_two_equal_ones(recipe):
+    config = from_dict(RunConfig, TREE).model
+    model = build_model(config).cuda()
+    use_float8(model, recipe)
+    linear = model.layers[0].get_submodule("ffn.w13")
+    x = torch.randn(1, config.dim, device="cuda", dtype=torch.bfloat16)
+    both = linear(x.expand(2, -1).contiguous())
+    torch.testing.assert_close(linear(x)[0], both[0])
+    torch.testing.assert_close(both[1], both[0])
 
 
 @pytest.mark.parametrize("mixer", list(MIXERS))
@@ -81,7 +98,7 @@ def test_training_follows_bfloat16(make_config, recipe, compiled, mixer):
         losses.append([r["loss"] for r in records if r["kind"] == "train"])
     plain, float8 = losses
     assert float8 != plain and float8[-1] < 0.8 * float8[0]
-    assert float8 == pytest.approx(plain, rel=0.05)
+    assert float8 == pytest.approx(plain, rel=0.05, abs=0.1), (float8, plain)
 
 
 @pytest.mark.parametrize("kind", ["selective", "full"])

@@ -58,6 +58,53 @@ def test_a_step_does_not_wait_for_the_device(make_config, compiled, threshold):
         assert loop.run.read()["skipped"] == 0
 
 
+MIXERS: dict[str, Any] = {
+    "attamba": {"type": "attamba", "n_heads": 2, "chunk_size": 4},
+    "heads": {
+        "type": "attamba",
+        "n_heads": 2,
+        "chunk_size": 4,
+        "ssm_scope": "sequence",
+        "boundary": "head_cyclic",
+    },
+    "random": {"type": "attamba", "n_heads": 2, "chunk_size": 4, "boundary": "random"},
+    "gated": {"type": "attamba", "n_heads": 2, "chunk_size": 4, "compressor": "gated"},
+    "hybrid": [{"type": "transformer", "n_heads": 2}, {"type": "mamba2"}],
+    "recurrent": [{"type": "hawk"}, {"type": "mingru"}],
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mixer", list(MIXERS))
+def test_cuda_graphs_change_nothing(make_config, mixer, compiled):
+    """Two passes a step, validation in between, another chunk size from step to step."""
+    change = {"model.mixer": MIXERS[mixer], "train.compile": compiled, "train.accumulate": 2}
+    if mixer == "attamba":
+        change["train.chunk_sizes"] = [2, 4]
+    losses = []
+    for graphs in (False, True):
+        config = make_config(
+            {**change, "train.cuda_graphs": graphs, "train.log_every": 1, "train.eval_every": 5},
+            out=f"graphs-{graphs}",
+        )
+        records = train(config).metrics
+        losses.append([r.get("loss", r.get("valid_loss")) for r in records])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    assert losses[1][0] != losses[1][-1]
+
+
+def test_captured_passes_go_on_from_a_checkpoint(make_config):
+    change = {"train.cuda_graphs": True, "train.log_every": 1, "train.save_every": 5}
+    whole = train(make_config(change, out="whole")).metrics
+    config, calls = make_config(change, out="cut"), iter(range(20))
+    with pytest.raises(KeyboardInterrupt):
+        train(config, should_stop=lambda: next(calls) == 6)
+    parts = train(config).metrics
+    losses = [[r["loss"] for r in records if r["kind"] == "train"] for records in (whole, parts)]
+    assert len(losses[0]) == 12
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
 def test_records_have_what_a_gpu_has(make_config):
     config = make_config({"metrics.layers_every": 4, "metrics.peak_tflops": 100.0})
     records = train(config).metrics

@@ -299,3 +299,8 @@ def test_configs_written_by_a_run_read_back(make_config):
     config = from_dict(type(make_config()), tree)
     assert config == make_config({"train.steps": 1})
     assert load_tokenizer(config.data.tokenizer).vocab_size == 256
+
+
+def test_cuda_graphs_are_refused_on_a_cpu(make_config):
+    with pytest.raises(ConfigError, match=r"train\.cuda_graphs=true needs a CUDA device"):
+        train(make_config({"train.cuda_graphs": True}))
