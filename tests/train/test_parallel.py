@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from ranks import in_meshes, on_ranks, train_until
+from meshes import CPU, assert_equal, gradients_of, run_on
+from ranks import on_ranks, train_until
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,8 +20,6 @@ from attamba.train import TrainingDiverged, train
 from attamba.train.distributed import Ranks, mesh_sizes, open_ranks
 from attamba.train.optim import local
 from attamba.train.run import Run
-from attamba.train.sources import open_sources
-from attamba.train.watchdog import Watchdog
 
 JITTER = {"type": "attamba", "n_heads": 2, "chunk_size": 4, "leading_tokens": 6}
 JITTER |= {"boundary": "jitter", "state_dim": 8, "ssm_heads": 2}
@@ -60,24 +58,16 @@ class Unequal:
         return dataclasses.replace(batch, targets=np.where(hidden, UNSCORED, batch.targets))
 
 
-def run_on(config: RunConfig, ranks: Ranks) -> Run:
-    sources = open_sources(
-        config, Path(config.out), fresh=False, say=print, share=(ranks.rank, ranks.size)
-    )
-    sources = dataclasses.replace(sources, train=Unequal(sources.train))
-    return Run(config, sources, ranks, Watchdog(Ranks(ranks.device), 60))
+def unequal(config: RunConfig, ranks: Ranks) -> Run:
+    run = run_on(config, ranks)
+    run.sources = dataclasses.replace(run.sources, train=Unequal(run.sources.train))
+    return run
 
 
 def gradients(config: RunConfig, ranks: Ranks) -> dict[str, Tensor]:
-    """Loss, norm and every gradient of the second step's rows, whole."""
-    run = run_on(config, ranks)
-    run.model.set_draw(1)
-    loss = run.gradients(run.sources.train.batch(1))
-    found = {"loss": loss, "norm": run._clip()}
-    for name, parameter in run.model.named_parameters():
-        grad = parameter.grad
-        found[name] = grad if ranks.alone else grad.full_tensor()
-    return {name: tensor.clone() for name, tensor in found.items()}
+    """Loss, norm and every clipped gradient of the second step's rows."""
+    run = unequal(config, ranks)
+    return gradients_of(run, run.sources.train.batch(1))
 
 
 @pytest.fixture
@@ -93,25 +83,12 @@ def make_parallel(make_config):
 
 def test_gradients_are_those_of_one_rank(make_parallel):
     """In every mesh, with rows that count unequally: loss, norm, and the clipped gradients."""
-    configs = [make_parallel(change) for change in CASES.values()]
-    several = on_ranks(4, in_meshes, configs, gradients)
-    for name, config, *found in zip(CASES, configs, *several):
-        own = dataclasses.replace(config.parallel, replicate=1, shard=1)
-        alone = dataclasses.replace(config, parallel=own)
-        plain = dataclasses.replace(
-            alone, parallel=dataclasses.replace(own, activation_checkpointing="none")
-        )
-        expected = gradients(plain, Ranks(torch.device("cpu")))
-        assert expected["norm"] > 0.5
-        for rank in found:
-            assert rank.keys() == expected.keys()
-            for key, tensor in expected.items():
-                error = (rank[key] - tensor).norm() / tensor.norm()
-                assert error < LOOSE.get(name, 2e-5), f"{name}: {key} differs by {error:.1e}"
+    configs = {name: make_parallel(change) for name, change in CASES.items()}
+    assert_equal(4, configs, gradients, loose=LOOSE)
 
 
 def test_activations_can_be_computed_anew_on_one_device(make_parallel):
-    alone = Ranks(torch.device("cpu"))
+    alone = Ranks(CPU)
     expected = gradients(make_parallel(), alone)
     for kind in ("full", "selective"):
         found = gradients(make_parallel({"parallel.activation_checkpointing": kind}), alone)
@@ -121,7 +98,7 @@ def test_activations_can_be_computed_anew_on_one_device(make_parallel):
 
 def saved_bytes(config: RunConfig) -> int:
     """What the forward pass keeps for the backward pass, beside parameters."""
-    run = run_on(config, Ranks(torch.device("cpu")))
+    run = unequal(config, Ranks(CPU))
     held: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -158,7 +135,7 @@ def test_selective_does_not_multiply_again(make_parallel):
     counts = []
     for kind in ("none", "selective", "full"):
         config = make_parallel({"parallel.activation_checkpointing": kind})
-        run = run_on(config, Ranks(torch.device("cpu")))
+        run = unequal(config, Ranks(CPU))
         loss = run._loss_sum(run.sources.train.batch(0))
         with Products() as products:
             loss.backward()
@@ -233,7 +210,7 @@ def test_what_cannot_be_is_said_on_every_rank(make_parallel, tmp_path):
 def diverge(config: RunConfig) -> str:
     """The final norm's weights become infinite on one rank alone."""
     with open_ranks(config) as ranks, pytest.raises(TrainingDiverged) as caught:
-        run = run_on(config, ranks)
+        run = unequal(config, ranks)
         run.take_step()
         if ranks.rank == 1:
             local(run.model.norm.weight.data).fill_(float("inf"))
