@@ -1,5 +1,6 @@
 """A tiny text, prepared once, and a tiny run on it."""
 
+import json
 import random
 
 import pytest
@@ -63,6 +64,20 @@ def prepared(texts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared") / "tokens"
     prepare(texts, folder, load_tokenizer("bytes"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory):
+    """Two prepared folders of 120 documents of 1 to 60 letters, each of an alphabet of its own."""
+    folders = []
+    for number, letters in enumerate(("abcdefgh ", "rstuvwxyz ")):
+        draw = random.Random(number)
+        folder = tmp_path_factory.mktemp("documents")
+        texts = ["".join(draw.choices(letters, k=draw.randint(1, 60))) for _ in range(120)]
+        (folder / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+        prepare(folder / "texts.jsonl", folder / "tokens", load_tokenizer("bytes"))
+        folders.append(str(folder / "tokens"))
+    return folders
 
 
 @pytest.fixture
