@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -178,6 +179,7 @@ WRONG = [
     ({"eval.tasks": ["piqa"]}, r"eval\.tasks=\['piqa'\] are scored by one process"),
     ({"optim.lr": 2e-3}, r"holds a run of another configuration"),
     ({"data.train": "missing.txt"}, r"missing\.txt"),
+    ({"data.train": "truncated"}, r"tokens-00000-000\.bin has \d+ bytes, .* says \d+ bytes"),
     ({"out": "locked"}, r"another process is training in this folder"),
 ]
 
@@ -192,10 +194,15 @@ def errors(configs: list[RunConfig]) -> list[str]:
     return found
 
 
-def test_what_cannot_be_is_said_on_every_rank(make_parallel, tmp_path):
+def test_what_cannot_be_is_said_on_every_rank(make_parallel, prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "truncated")
+    shard = tmp_path / "truncated" / "tokens-00000-000.bin"
+    shard.write_bytes(shard.read_bytes()[:-100])
     configs = [make_parallel({"train.steps": 1}, out="run")]
     for change, _ in WRONG:
         change = {"train.steps": 1, **change}
+        if change.get("data.train") == "truncated":
+            change["data.train"] = str(shard.parent)
         out = change.pop("out", "run" if "optim.lr" in change else "other")
         configs.append(make_parallel(change, out=out))
     (tmp_path / "locked").mkdir()

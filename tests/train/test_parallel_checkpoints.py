@@ -115,31 +115,40 @@ def refused(config: RunConfig) -> str:
     return str(caught.value)
 
 
-def damage(checkpoint: Path) -> None:
-    """Flip a byte in the second rank's file."""
-    path = sorted((checkpoint / "shards").iterdir())[-1]
+def flip(path: Path) -> None:
+    """Change one bit of the last byte."""
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
 
 
-def test_of_a_damaged_checkpoint_the_one_before_is_used(make_config):
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage(checkpoint: Path, how: Callable[[Path], None]) -> None:
+    """Of the second rank's file."""
+    how(sorted((checkpoint / "shards").iterdir())[-1])
+
+
+@pytest.mark.parametrize(("how", "text"), [(flip, "was altered"), (truncate, "is truncated: ")])
+def test_of_a_damaged_checkpoint_the_one_before_is_used(make_config, how, text):
     change = {"train.save_every": 4}
     straight = on_ranks(2, train_until, make_config(change, out="straight"))
     config = make_config(change)
     on_ranks(2, train_until, config, 9)
     older, newest = list_checkpoints(config.out)
     assert older.name == "step-00000008"
-    damage(newest)
-    with pytest.raises(CheckpointError, match=r"shard-00002.* was altered after it was saved"):
+    damage(newest, how)
+    with pytest.raises(CheckpointError, match=rf"shard-00002.* {text}"):
         load(newest)
     assert on_ranks(2, train_until, config) == straight
     names = [path.name for path in newest.parent.iterdir()]
     assert "damaged-step-00000009" in names and newest.name not in names
     for checkpoint in list_checkpoints(config.out):
-        damage(checkpoint)
-    for text in on_ranks(2, refused, config):
-        assert "step-00000012/shards/shard-00002" in text and "was altered" in text
+        damage(checkpoint, how)
+    for said in on_ranks(2, refused, config):
+        assert "step-00000012/shards/shard-00002" in said and text in said
 
 
 def full_disk(config: RunConfig) -> str:
@@ -162,6 +171,8 @@ def test_a_full_disk_on_one_rank_is_told_on_all_and_leaves_what_was(make_config)
         assert "step-00000004 is whole, and the same command goes on from it" in text
     names = [path.name for path in (Path(config.out) / "checkpoints").iterdir()]
     assert names == ["step-00000004"]
+    straight = on_ranks(2, train_until, make_config(out="straight"))
+    assert on_ranks(2, train_until, config) == straight
 
 
 def slow_writing(config: RunConfig) -> list[list[int]]:
