@@ -37,6 +37,8 @@ CASES = {
     "both": BOTH,
     "both, accumulated": BOTH | {"train.accumulate": 2},
     "hybrid": BOTH | {"model.mixer": HYBRID, "model.n_layers": 3},
+    "strided": SHARD | {"model.mixer.ssm_scope": "strided"},
+    "boundaries by scores": BOTH | {"model.mixer.boundary": "first_ssm", "model.n_layers": 2},
     "tied": SHARD | {"model.tie_embeddings": True},
     "recurrent": SHARD | {"model.mixer": [{"type": "mingru"}, MAMBA], "model.n_layers": 2},
     "whole layers anew": BOTH | {"parallel.activation_checkpointing": "full"},

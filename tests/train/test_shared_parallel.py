@@ -218,8 +218,8 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     ({"type": "minlstm"}, {"parallel.tensor": 3}, r"tensor=3 does not divide mixer\.hidden_dim=32"),
     (ATTAMBA, {"parallel.tensor": 2, "model.ffn_dim": 33}, r"model\.ffn_dim=33"),
     (ATTAMBA, {"parallel.tensor": 2, "model.vocab_size": 257}, r"model\.vocab_size=257"),
-    ({**ATTAMBA, "ssm_scope": "strided"}, {"parallel.context": 2}, r"context=2 .*strided"),
-    ({**ATTAMBA, "boundary": "first_ssm"}, {"parallel.tensor": 2}, r"tensor=2 .*first_ssm"),
+    ({**ATTAMBA, "ssm_scope": "strided"}, {"parallel.context": 2}, r"parallel\.context=2 .* mixer\.ssm_scope=strided"),
+    ({**ATTAMBA, "boundary": "first_ssm"}, {"parallel.tensor": 2}, r"parallel\.tensor=2 .* mixer\.boundary=first_ssm"),
 ]
 
 
