@@ -1,4 +1,4 @@
-"""Loss and gradients of a run's rows, of one process and of the ranks of a mesh."""
+"""Loss, gradients and records of a run, of one process and of the ranks of a mesh."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from ranks import in_meshes, on_ranks
 from torch import Tensor
@@ -14,6 +15,7 @@ from attamba.config import RunConfig
 from attamba.data import Batch
 from attamba.train.distributed import Ranks
 from attamba.train.run import Run
+from attamba.train.sinks import Record
 from attamba.train.sources import open_sources
 from attamba.train.watchdog import Watchdog
 
@@ -75,3 +77,12 @@ def assert_equal(
             for key, tensor in expected.items():
                 error = (rank[key] - tensor).norm() / max(tensor.norm(), 1e-4 * expected["norm"])
                 assert error < limit, f"{name}: {key} differs by {error:.1e}"
+
+
+def assert_same_records(found: list[Record], expected: list[Record], rel: float = 1e-3) -> None:
+    """But for sums in another order, which AdamW enlarges."""
+    assert len(found) == len(expected)
+    for left, right in zip(found, expected):
+        assert left.keys() == right.keys() and left["kind"] == right["kind"]
+        for key in left.keys() - {"kind"}:
+            assert left[key] == pytest.approx(right[key], rel=rel), (left, right)

@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 
 import pytest
 
@@ -80,15 +81,21 @@ def documents(tmp_path_factory):
     return folders
 
 
-@pytest.fixture
-def make_config(prepared, tmp_path):
-    """make_config({"optim.lr": 1e-3}, out="name") -> RunConfig of a tiny run in tmp_path."""
+@pytest.fixture(scope="session")
+def config_in(prepared):
+    """config_in(folder, {"optim.lr": 1e-3}, out="name") -> RunConfig of a tiny run there."""
 
-    def make(overrides=None, out="run"):
+    def make(folder, overrides=None, out="run"):
         tree = apply_overrides(TINY, {"data.train": str(prepared), **(overrides or {})})
-        return from_dict(RunConfig, {**tree, "out": str(tmp_path / out)})
+        return from_dict(RunConfig, {**tree, "out": str(folder / out)})
 
     return make
+
+
+@pytest.fixture
+def make_config(config_in, tmp_path):
+    """make_config({"optim.lr": 1e-3}, out="name") -> RunConfig of a tiny run in tmp_path."""
+    return partial(config_in, tmp_path)
 
 
 class Stop(Exception):

@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from meshes import CPU, assert_equal, gradients_of, run_on
+from meshes import CPU, assert_equal, assert_same_records, gradients_of, run_on
 from ranks import on_ranks, train_until
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -147,22 +147,12 @@ def test_selective_does_not_multiply_again(make_parallel):
     assert none == selective < full
 
 
-def assert_close(a: list[dict], b: list[dict], tolerance: float = 1e-3) -> None:
-    """The same records but for sums in another order, which AdamW enlarges."""
-    assert len(a) == len(b)
-    for left, right in zip(a, b):
-        assert left.keys() == right.keys()
-        for key, value in left.items():
-            same = value == right[key] if key == "kind" else None
-            assert same or value == pytest.approx(right[key], rel=tolerance), (left, right)
-
-
 def test_a_run_is_that_of_one_rank(make_parallel):
     """Losses, norms, rates, tokens and validation, of rows that do not divide among the ranks."""
     change = {"train.eval_rows": 3, "train.steps": 6, "model.mixer.boundary": "random"}
     records = on_ranks(2, train_until, make_parallel(change, out="several"))
     assert records[1] == []
-    assert_close(records[0], train_until(make_parallel(change, out="alone")), 1e-4)
+    assert_same_records(records[0], train_until(make_parallel(change, out="alone")), 1e-4)
 
 
 def test_many_chunk_sizes_are_drawn_alike(make_parallel):
@@ -170,7 +160,7 @@ def test_many_chunk_sizes_are_drawn_alike(make_parallel):
     records = on_ranks(
         2, train_until, make_parallel(change | BOTH | {"parallel.shard": 1}, out="two")
     )
-    assert_close(records[0], train_until(make_parallel(change, out="alone")), 1e-4)
+    assert_same_records(records[0], train_until(make_parallel(change, out="alone")), 1e-4)
 
 
 WRONG = [

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from meshes import assert_same_records
 from ranks import on_ranks, train_until
 
 from attamba.cli import main
@@ -22,14 +23,6 @@ from attamba.train import (
     train,
 )
 from attamba.train.checkpoint import MODEL, OPTIMIZER, read_tensors
-
-
-def assert_close(a: list[dict], b: list[dict]) -> None:
-    assert len(a) == len(b)
-    for left, right in zip(a, b):
-        assert left.keys() == right.keys()
-        for key in left.keys() - {"kind"}:
-            assert left[key] == pytest.approx(right[key], rel=1e-3), (left, right)
 
 
 def on_mesh(config: RunConfig, replicate: int, shard: int) -> RunConfig:
@@ -48,7 +41,7 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(make_config):
     on_ranks(2, train_until, on_mesh(config, 2, 1), 2)
     records = on_ranks(4, train_until, on_mesh(config, 1, 4))
     assert [r["step"] for r in records[0] if r["kind"] == "train"] == list(range(1, 13))
-    assert_close(records[0], straight)
+    assert_same_records(records[0], straight)
 
 
 def test_on_the_same_ranks_the_rest_is_the_same_to_the_bit(make_config):
@@ -64,15 +57,10 @@ def test_on_the_same_ranks_the_rest_is_the_same_to_the_bit(make_config):
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory, prepared):
-    """A run folder with two checkpoints of two ranks, and its configuration."""
-    from conftest import TINY
-
-    from attamba.config import apply_overrides, from_dict
-
-    change = {"data.train": str(prepared), "train.steps": 4, "train.save_every": 2}
-    out = tmp_path_factory.mktemp("of-two") / "run"
-    config = from_dict(RunConfig, {**apply_overrides(TINY, change), "out": str(out)})
+def of_two(tmp_path_factory, config_in):
+    """The configuration of a run of two ranks with two checkpoints in its folder."""
+    change = {"train.steps": 4, "train.save_every": 2}
+    config = config_in(tmp_path_factory.mktemp("of-two"), change)
     on_ranks(2, train_until, config)
     return config
 

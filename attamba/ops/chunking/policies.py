@@ -72,9 +72,7 @@ class Jitter(Boundary):
 
     def __init__(self, *place: Any, seed: int = 0) -> None:
         super().__init__(*place)
-        if not _whole(seed, 0):
-            raise ValueError(f"boundary.seed={seed} must be a whole number, at least 0")
-        self.seed = seed
+        self.seed = _whole_number("seed", seed, 0)
 
     @property
     def reach(self) -> int:
@@ -106,9 +104,7 @@ class Random(Boundary):
 
     def __init__(self, *place: Any, seed: int = 0) -> None:
         super().__init__(*place)
-        if not _whole(seed, 0):
-            raise ValueError(f"boundary.seed={seed} must be a whole number, at least 0")
-        self.seed = seed
+        self.seed = _whole_number("seed", seed, 0)
 
     def at(self, positions: Tensor, draw: Tensor | None) -> Tensor:
         number = _hash(positions.clamp(min=0), self.seed, self.layer_idx, draw)
@@ -136,11 +132,8 @@ class Separator(Boundary):
                 f"e.g. [10, 32] for newline and space in bytes"
             )
         self.tokens = list(tokens)
-        self.max_chunk = 2 * self.chunk_size if max_chunk is None else max_chunk
-        if not _whole(self.max_chunk, 1):
-            raise ValueError(
-                f"boundary.max_chunk={self.max_chunk} must be a whole number, at least 1"
-            )
+        longest = 2 * self.chunk_size if max_chunk is None else max_chunk
+        self.max_chunk = _whole_number("max_chunk", longest, 1)
 
     @property
     def longest(self) -> int:
@@ -186,9 +179,7 @@ class Budget(Boundary):
 
     def __init__(self, *place: Any, max_chunks: int = 1024) -> None:
         super().__init__(*place)
-        if not _whole(max_chunks, 2):
-            raise ValueError(f"boundary.max_chunks={max_chunks} must be a whole number, at least 2")
-        self.max_chunks = max_chunks
+        self.max_chunks = _whole_number("max_chunks", max_chunks, 2)
 
     def at(self, positions: Tensor, draw: Tensor | None) -> Tensor:
         limit = self.max_chunks - self.sink
@@ -263,6 +254,13 @@ def _constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """int64 on the device, sent there once: a captured step cannot read the host's memory."""
     with torch.inference_mode(False):
         return torch.tensor(numbers, device=device)
+
+
+def _whole_number(option: str, value: int, least: int) -> int:
+    """The option's value. Raises ValueError for one that is not whole, or below `least`."""
+    if not _whole(value, least):
+        raise ValueError(f"boundary.{option}={value} must be a whole number, at least {least}")
+    return value
 
 
 def _whole(value: Any, least: int) -> bool:
