@@ -261,4 +261,4 @@ def _log_mass_and_entropy(scores: Tensor, ranks: RowRanks | None) -> tuple[Tenso
 
 def _summed(values: Tensor) -> Tensor:
     """The sum and the number of values, float32 [2]."""
-    return torch.stack([values.sum(), torch.full((), values.numel(), device=values.device)])
+    return torch.stack([values.sum(), values.new_tensor(values.numel())])
