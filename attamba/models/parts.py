@@ -20,12 +20,12 @@ def check_parts(model: ModelConfig, seq_len: int, *, context: int, tensor: int) 
     policy = future_policy(model)
     if policy is not None:
         raise ConfigError(
-            f"{name} does not go with boundary={policy}, which looks at whole rows of whole heads; "
-            f"set it to 1, or use a causal policy, e.g. mixer.boundary=cyclic"
+            f"{name} does not go with mixer.boundary={policy}, which looks at whole rows of whole "
+            f"heads; set it to 1, or use a causal policy, e.g. mixer.boundary=cyclic"
         )
     if any(getattr(mixer, "ssm_scope", "") == "strided" for mixer in model.layer_mixers()):
         raise ConfigError(
-            f"{name} does not go with ssm_scope=strided, whose states of many places are for "
+            f"{name} does not go with mixer.ssm_scope=strided, whose states of many places are for "
             f"studies; set it to 1, or use mixer.ssm_scope=chunk or sequence"
         )
     if seq_len % context:

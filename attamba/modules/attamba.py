@@ -204,8 +204,12 @@ class ChunkAttention(TimeMixer):
     def attention_inputs(
         self, x: Tensor, span: Span, given: Tensor | None = None
     ) -> AttentionInputs:
-        ends, _ = self.boundary(span, None, given)
+        ends, _ = self.boundary(span.rows, None, given)
+        if ends.shape[1] > 1:
+            ends = ends[:, self.own_heads]
         q, k, _ = self.project(x, ends, span)
+        if span.ranks is not None:
+            ends = ends[..., span.ranks.span(ends.shape[-1])]
         return AttentionInputs(q, k, ends, self.lead)
 
     def _keys_and_values(

@@ -12,7 +12,7 @@ from attamba.ops.chunking import Span
 
 
 class AttentionInputs(NamedTuple):
-    """What attention weights follow from."""
+    """What attention weights follow from; of this rank's tokens and heads, where ranks share."""
 
     q: Tensor
     """[B, T, H, D], positions applied."""

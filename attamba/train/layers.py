@@ -1,7 +1,7 @@
 """Statistics of each layer while a model trains.
 
-Shapes: B rows, T tokens, n queries that are looked at, H query heads, G key/value heads, D width of
-a head.
+Shapes: B rows, T tokens, W those of this rank (all, where ranks do not share rows), n queries that
+are looked at, H query heads, G key/value heads, r = H/G, D width of a head.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from attamba.data import Batch
 from attamba.modules.mixer import AttentionInputs, TimeMixer
+from attamba.ops.row_ranks import RowRanks, all_reduce
 from attamba.train import losses
 from attamba.train.observers import Observer
 from attamba.train.optim import total_norm
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from attamba.train.run import Run
 
 Figures = dict[str, dict[str, Tensor]]
-"""By figure, then by module: scalars on the device, nan where there is none."""
+"""By figure, then by module: scalars on the device, nan where there is none. Of one rank, before it
+is put together with others: means as [2], a sum and the number of its terms."""
 
 
 class LayerStatistics(Observer):
@@ -44,9 +46,9 @@ class LayerStatistics(Observer):
 
     Activations and attention are those of the first row of each rank, in a forward pass of its own
     that is not compiled; attention those of metrics.layers_queries queries of it, as a mean over
-    queries and heads, past_entropy over queries that see earlier chunks. All are means over ranks,
-    activation_absmax the largest. Attention is not looked at where ranks share the tokens of a row
-    (parallel.context). In such a step each rank holds its weights twice.
+    queries and heads, past_entropy over queries that see earlier chunks. All are means over the
+    rows, tokens and heads of all ranks, activation_absmax the largest. In such a step each rank
+    holds its weights twice.
     """
 
     def __init__(self, run: Run) -> None:
@@ -102,24 +104,30 @@ class LayerStatistics(Observer):
     def _of_forward(self) -> Figures:
         """What a forward pass over the first row shows, over all ranks."""
         run, figures = self._run, defaultdict[str, dict[str, Tensor]](dict)
-        shared = run.config.parallel.context > 1  # a rank has not all keys of its row
         assert run.batch is not None
-        row = Batch(run.batch.inputs[:1], run.batch.targets[:1], run.batch.doc_ids[:1])
-        sent = losses.on_device(row, run.device)
+        sent = losses.on_device(_looked_at(run.batch), run.device)
         with (
-            _watched(run.model, figures, 0 if shared else self._queries),
+            _watched(run.model, figures, self._queries),
             run.drawn_chunks(),
             torch.compiler.set_stance("force_eager"),  # hooks within a compiled layer are not heard
         ):
             run.logits(sent, run.forward)
         reshard(run.model)
         for name, by_name in figures.items():
-            largest = name == "activation_absmax"
             values = torch.stack(list(by_name.values()))
-            values = run.ranks.most(values) if largest else run.ranks.sum(values) / run.ranks.size
-            figures[name] = dict(zip(by_name, values.unbind()))
+            if name == "activation_absmax":
+                of_all = run.ranks.most(values)
+            else:
+                sums, numbers = run.ranks.sum(values).unbind(1)
+                of_all = sums / numbers
+            figures[name] = dict(zip(by_name, of_all.unbind()))
         figures["activation_rms"] = {n: v.sqrt() for n, v in figures["activation_rms"].items()}
         return figures
+
+
+def _looked_at(batch: Batch) -> Batch:
+    """The first row of a rank's own."""
+    return Batch(batch.inputs[:1], batch.targets[:1], batch.doc_ids[:1])
 
 
 def by_module(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -133,23 +141,20 @@ def by_module(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 @contextmanager
 def _watched(model: nn.Module, figures: Figures, queries: int) -> Iterator[None]:
-    """Layers note what they put out, RMS as the mean square, and what their attention sees.
-
-    queries: whose attention is looked at; 0 for none.
-    """
+    """Layers note what they put out, RMS as the mean square, and what their attention sees."""
     with ExitStack() as hooks:
         for name, layer in model.get_submodule("layers").named_children():
             module = f"layers.{name}"
 
             def note(_: Any, inputs: Any, output: Tensor, module: str = module) -> None:
                 values = output.float()
-                figures["activation_rms"][module] = values.square().mean()
+                figures["activation_rms"][module] = _summed(values.square())
                 figures["activation_absmax"][module] = values.abs().max()
 
             mixer = layer.get_submodule("mixer")
             assert isinstance(mixer, TimeMixer)
             hooks.enter_context(layer.register_forward_hook(note))
-            if queries and hasattr(mixer, "wo"):
+            if hasattr(mixer, "wo"):
                 _watch_attention(mixer, figures, queries, module, hooks)
         yield
 
@@ -167,7 +172,8 @@ def _watch_attention(
         x, span, _, ends = given[0]
         seen = mixer.attention_inputs(x, span, ends)
         if seen is not None:
-            for figure, value in attention_figures(seen, span.doc_ids, queries).items():
+            found = attention_figures(seen, span.rows.doc_ids, queries, span.ranks)
+            for figure, value in found.items():
                 figures[figure][module] = value
 
     keep = mixer.register_forward_pre_hook(lambda _, inputs: given.append(inputs))
@@ -176,42 +182,57 @@ def _watch_attention(
 
 
 def attention_figures(
-    seen: AttentionInputs, doc_ids: Tensor | None, queries: int
+    seen: AttentionInputs, doc_ids: Tensor | None, queries: int, ranks: RowRanks | None = None
 ) -> dict[str, Tensor]:
     """Entropies of attention weights, and their share on the past; see LayerStatistics.
 
     By the formula, in float32, for `queries` of the T queries, evenly spread, the last among them.
+    Ranks that share rows each compare them with their own keys.
 
     doc_ids: int [B, T]; documents do not see each other.
+
+    Returns [2] each: the sum over queries and heads, and their number.
     """
-    seq = seen.q.shape[1]
+    width, device = seen.q.shape[1], seen.q.device
+    first, seq = (0, width) if ranks is None else (ranks.rank * width, ranks.size * width)
     n = min(queries, seq)
-    chosen = torch.arange(1, n + 1, device=seen.q.device) * seq // n - 1
-    window, past = _masks(seen, doc_ids, chosen)
-    groups = seen.k.shape[2]
-    q = seen.q[:, chosen].float().unflatten(2, (groups, -1))
+    chosen = torch.arange(1, n + 1, device=device) * seq // n - 1
+    window, past = _masks(seen, doc_ids, chosen, first)
+    q = _of_queries(seen.q.float(), chosen - first, ranks).unflatten(2, (seen.k.shape[2], -1))
     scores = torch.einsum("bngrd,bsgd->bgrns", q, seen.k.float()) * seen.q.shape[-1] ** -0.5
-    hidden = ~(window | past)
-    logs = scores.masked_fill(hidden, -math.inf).log_softmax(-1)
-    share = logs.exp().mul(past).sum(-1)
-    with_past = past.any(-1).expand_as(share)
+    (log_all, of_all), (_, of_window), (log_past, of_past) = (
+        _log_mass_and_entropy(scores.masked_fill(~mask, -math.inf), ranks)
+        for mask in (window | past, window, past)
+    )
     return {
-        "attention_entropy": _entropy(logs).mean(),
-        "window_entropy": _entropy(scores.masked_fill(~window, -math.inf).log_softmax(-1)).mean(),
-        "past_entropy": _entropy(
-            scores.masked_fill(~past, -math.inf).log_softmax(-1)[with_past]
-        ).mean(),
-        "past_share": share.mean(),
+        "attention_entropy": _summed(of_all),
+        "window_entropy": _summed(of_window),
+        "past_entropy": _summed(of_past[log_past > -math.inf]),
+        "past_share": _summed((log_past - log_all).exp()),
     }
 
 
-def _masks(seen: AttentionInputs, doc_ids: Tensor | None, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Which keys the chosen queries see in the window, and beyond it: bool [B, G or 1, 1, n, T]."""
-    key = torch.arange(seen.q.shape[1], device=chosen.device)
+def _of_queries(q: Tensor, places: Tensor, ranks: RowRanks | None) -> Tensor:
+    """Queries at these places, of whichever rank has them: [B, W, H, D] -> [B, n, H, D]."""
+    if ranks is None:
+        return q[:, places]
+    here = (places >= 0) & (places < q.shape[1])
+    own = q[:, places.where(here, 0)] * here[:, None, None]
+    return all_reduce(own, ranks.group)
+
+
+def _masks(
+    seen: AttentionInputs, doc_ids: Tensor | None, chosen: Tensor, first: int
+) -> tuple[Tensor, Tensor]:
+    """Which keys the chosen queries see in the window, and beyond it: bool [B, G or 1, 1, n, W].
+
+    first: the place in the row of the first of the W keys.
+    """
+    key = first + torch.arange(seen.k.shape[1], device=chosen.device)
     distance = chosen[:, None] - key
     earlier = (distance >= 0)[None]
     if doc_ids is not None:
-        earlier = earlier & (doc_ids[:, chosen, None] == doc_ids[:, None, :])
+        earlier = earlier & (doc_ids[:, chosen, None] == doc_ids[:, None, key])
     earlier = earlier[:, None, None]
     if seen.leading_tokens is None:
         return earlier, torch.zeros_like(earlier)
@@ -221,6 +242,24 @@ def _masks(seen: AttentionInputs, doc_ids: Tensor | None, chosen: Tensor) -> tup
     return window, (earlier & ~window) & seen.ends[:, :, None, None, :]
 
 
-def _entropy(logs: Tensor) -> Tensor:
-    """Of distributions over the last dimension, in nats, from logarithms."""
-    return -(logs.exp() * logs.nan_to_num(neginf=0.0)).sum(-1)
+def _log_mass_and_entropy(scores: Tensor, ranks: RowRanks | None) -> tuple[Tensor, Tensor]:
+    """Of softmax over the last dimension, whose keys ranks may share; [..., W] -> [...] twice.
+
+    log sum(exp(s)), and the entropy in nats; -inf and nan where all scores are -inf.
+    """
+    top = scores.amax(-1)
+    if ranks is not None:
+        top = all_reduce(top, ranks.group, "max")
+    top = top.where(top > -math.inf, 0.0)
+    logs = scores - top[..., None]
+    weights = logs.exp()
+    sums = torch.stack([weights.sum(-1), (weights * logs.nan_to_num(neginf=0.0)).sum(-1)])
+    if ranks is not None:
+        sums = all_reduce(sums, ranks.group)
+    mass, moment = sums.unbind()
+    return mass.log() + top, mass.log() - moment / mass
+
+
+def _summed(values: Tensor) -> Tensor:
+    """The sum and the number of values, float32 [2]."""
+    return torch.stack([values.sum(), values.new_tensor(values.numel())])

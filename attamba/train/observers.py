@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from attamba.train.phases import PHASES
 from attamba.train.sinks import Record
 from attamba.train.utilisation import FlopCounter, peak_flops
 
@@ -51,10 +51,11 @@ class Speed(Observer):
 
     tokens_per_second_per_device  tokens_per_second is that of all
     mfu                model FLOPs utilisation: the FLOPs of the model itself, forward and backward,
-                       over the devices' peak; null where that is not known
+                       over all devices' peak; null where that is not known
     data_share, forward_share, backward_share, optimizer_share
                        of the time: reading rows (on the host, beside the device's work), forward
-                       passes with the loss, backward passes, clipping and the optimizer; on rank 0
+                       passes with the loss, backward passes, clipping and the optimizer; on rank 0,
+                       data_share on the rank that reads longest, for which all others wait
     memory_bytes, memory_reserved_bytes, memory_peak_bytes
                        of the rank that has the most: allocated on the device, held by its
                        allocator, and allocated at most so far; on a CPU the process's resident
@@ -64,30 +65,34 @@ class Speed(Observer):
     def __init__(self, run: Run) -> None:
         self._counter = FlopCounter(run.config)
         self._peak = peak_flops(run.config, run.device)
-        self._flops, self._counted = 0.0, 0
+        self._flops = 0.0
         self._since = (run.tokens, run.seconds)
 
     def after_step(self, run: Run) -> list[Record]:
         if self._peak is not None:
             assert run.batch is not None
             self._flops += self._counter.of(run.batch, run.chunk_size)
-            self._counted += run.batch.inputs.size
         return []
 
     def figures(self, run: Run) -> Record:
         tokens, seconds = run.tokens - self._since[0], run.seconds - self._since[1]
-        mfu, spent = None, run.phases.take()
-        if self._peak is not None:
-            # Counted are the rows of one rank, which stand for those of all.
-            of_all = self._flops * tokens / self._counted
-            mfu = of_all / seconds / (self._peak * run.ranks.size)
-        self._since, self._flops, self._counted = (run.tokens, run.seconds), 0.0, 0
+        shares = {f"{name}_share": spent / seconds for name, spent in run.phases.take().items()}
+        shares["data_share"] = float(run.ranks.most(_number(shares["data_share"], run)))
+        flops = float(run.ranks.sum(_number(self._flops, run)))
+        self._since, self._flops = (run.tokens, run.seconds), 0.0
+        # Ranks that work on the same rows have each counted the whole of them.
+        flops *= run.ranks.share[1] / run.ranks.size
+        rate = None if self._peak is None else self._peak * run.ranks.size
         return {
             "tokens_per_second_per_device": tokens / seconds / run.ranks.size,
-            "mfu": mfu,
-            **{f"{name}_share": spent[name] / seconds for name in PHASES},
+            "mfu": None if rate is None else flops / seconds / rate,
+            **shares,
             **{name: run.ranks.largest(n) for name, n in memory(run.device).items()},
         }
+
+
+def _number(value: float, run: Run) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device=run.device)
 
 
 def memory(device: torch.device) -> dict[str, int]:

@@ -1,6 +1,8 @@
 """A tiny text, prepared once, and a tiny run on it."""
 
+import json
 import random
+from functools import partial
 
 import pytest
 
@@ -65,15 +67,35 @@ def prepared(texts, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def make_config(prepared, tmp_path):
-    """make_config({"optim.lr": 1e-3}, out="name") -> RunConfig of a tiny run in tmp_path."""
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory):
+    """Two prepared folders of 120 documents of 1 to 60 letters, each of an alphabet of its own."""
+    folders = []
+    for number, letters in enumerate(("abcdefgh ", "rstuvwxyz ")):
+        draw = random.Random(number)
+        folder = tmp_path_factory.mktemp("documents")
+        texts = ["".join(draw.choices(letters, k=draw.randint(1, 60))) for _ in range(120)]
+        (folder / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+        prepare(folder / "texts.jsonl", folder / "tokens", load_tokenizer("bytes"))
+        folders.append(str(folder / "tokens"))
+    return folders
 
-    def make(overrides=None, out="run"):
+
+@pytest.fixture(scope="session")
+def config_in(prepared):
+    """config_in(folder, {"optim.lr": 1e-3}, out="name") -> RunConfig of a tiny run there."""
+
+    def make(folder, overrides=None, out="run"):
         tree = apply_overrides(TINY, {"data.train": str(prepared), **(overrides or {})})
-        return from_dict(RunConfig, {**tree, "out": str(tmp_path / out)})
+        return from_dict(RunConfig, {**tree, "out": str(folder / out)})
 
     return make
+
+
+@pytest.fixture
+def make_config(config_in, tmp_path):
+    """make_config({"optim.lr": 1e-3}, out="name") -> RunConfig of a tiny run in tmp_path."""
+    return partial(config_in, tmp_path)
 
 
 class Stop(Exception):

@@ -6,12 +6,12 @@ The CPU has the float8 products of torchao's recipes too, slowly.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from meshes import run_on
 from ranks import on_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,12 +21,9 @@ from attamba.config import ConfigError, ModelConfig, RunConfig
 from attamba.data import Batch, MissingPackageError
 from attamba.models import Decoder, build_model
 from attamba.train import TrainingInterrupted, train
-from attamba.train.distributed import Ranks, open_ranks
+from attamba.train.distributed import open_ranks
 from attamba.train.float8 import check_float8, use_float8
 from attamba.train.parallelize import parallelize
-from attamba.train.run import Run
-from attamba.train.sources import open_sources
-from attamba.train.watchdog import Watchdog
 
 RECIPES = ["tensorwise", "rowwise"]
 ATTAMBA = {"type": "attamba", "n_heads": 2, "chunk_size": 4, "leading_tokens": 5, "state_dim": 8}
@@ -263,10 +260,7 @@ def gradients_of_all(configs: list[RunConfig]) -> list[dict[str, Tensor]]:
             i, n = ranks.share
             own = slice(i * len(inputs) // n, (i + 1) * len(inputs) // n)
             batch = Batch(inputs[own], targets[own], batch.doc_ids[own])
-            sources = open_sources(
-                config, Path(config.out), fresh=False, say=print, share=ranks.share
-            )
-            run = Run(config, sources, ranks, Watchdog(Ranks(ranks.device), 60))
+            run = run_on(config, ranks)
             with Float8Products() as products:
                 loss = run.gradients(batch)
             tensors = {"loss": loss, "n": torch.tensor(len(products.shapes))}

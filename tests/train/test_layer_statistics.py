@@ -7,10 +7,11 @@ import torch
 from ranks import on_ranks
 
 from attamba.config import ModelConfig
+from attamba.data import Batch
 from attamba.models import build_model
 from attamba.modules.mixer import AttentionInputs
 from attamba.ops.chunking import make_span
-from attamba.train import train
+from attamba.train import layers, train
 from attamba.train.layers import attention_figures, by_module
 
 FIGURES = {
@@ -63,7 +64,7 @@ def test_attention_figures_are_those_of_plain_loops(lead, heads, packed):
         for own in (ends, None):
             found = attention_figures(AttentionInputs(q, k, own, lead), doc_ids, n)
             want = plain_figures(q, k, own, lead, doc_ids, queries)
-            assert {name: float(v) for name, v in found.items()} == pytest.approx(
+            assert {name: float(v[0] / v[1]) for name, v in found.items()} == pytest.approx(
                 want, rel=1e-4, abs=1e-5, nan_ok=True
             )
 
@@ -174,32 +175,69 @@ def test_mixers_without_attention_have_no_entropy(make_config):
     assert list(record["activation_rms"]) == ["layers.0", "layers.1"]
 
 
-def records_of(config):
-    result = train(config)
-    return of(result) if result.is_main else None
+def records_of(configs):
+    """On rank 0, of each run."""
+    results = [train(config) for config in configs]
+    return [of(result)[4] for result in results if result.is_main]
 
 
-@pytest.mark.parametrize("mesh", [{"tensor": 2}, {"context": 2}])
-def test_where_ranks_share_layers_or_rows_they_are_those_of_one(make_config, mesh):
-    change = LAYERS | {"train.steps": 4, "model.n_layers": 2}
-    alone = of(train(make_config(change, out="alone")))[4]
+HEADS_APART = {"type": "attamba", "n_heads": 4, "n_kv_heads": 2, "kv_proj": True, "chunk_size": 4}
+HEADS_APART |= {"boundary": "head_cyclic", "ssm_scope": "sequence", "leading_tokens": 5}
+SHARED = {
+    "chunks of layers": {"model.n_layers": 2},
+    "chunks of heads": {"model.mixer": HEADS_APART | {"state_dim": 8, "ssm_heads": 2}},
+    "attention and others": {
+        "model.mixer": [
+            {"type": "transformer", "n_heads": 2, "window": 9},
+            {"type": "transformer", "n_heads": 2},
+            {"type": "mamba2", "ssm_dim": 32, "head_dim": 8, "state_dim": 8},
+        ],
+        "model.n_layers": 3,
+    },
+}
+
+
+def assert_same_figures(found, expected):
+    assert found.keys() == expected.keys()
+    for name in FIGURES:
+        assert found[name].keys() == expected[name].keys()
+        for module, value in expected[name].items():
+            want = None if value is None else pytest.approx(value, rel=1e-3)
+            assert found[name][module] == want, (name, module)
+
+
+@pytest.mark.parametrize(
+    "mesh", [{"tensor": 2}, {"context": 2}, {"context": 4}, {"tensor": 2, "context": 2}], ids=str
+)
+def test_where_ranks_share_layers_or_rows_they_are_those_of_one(make_config, documents, mesh):
+    """Rows are of several documents; windows, chunks and attention reach over ranks."""
     several = {f"parallel.{key}": value for key, value in mesh.items()}
-    found = on_ranks(2, records_of, make_config(change | several, out="several"))[0][4]
-    assert set(found) == set(alone) - (ATTENTION if "context" in mesh else set())
-    for name in FIGURES & set(found):
-        assert found[name] == pytest.approx(alone[name], rel=1e-3), name
+    configs, alone = [], []
+    for name, mixer in SHARED.items():
+        change = LAYERS | mixer | {"train.steps": 4, "data.train": documents[0]}
+        alone.append(make_config(change, out=f"alone, {name}"))
+        configs.append(make_config(change | several, out=name))
+    found, *others = on_ranks(math.prod(mesh.values()), records_of, configs)
+    assert not any(others)
+    for name, record, expected in zip(SHARED, found, records_of(alone)):
+        assert any(expected["past_entropy"].values()) == (name != "attention and others")
+        assert_same_figures(record, expected)
 
 
 @pytest.mark.parametrize("mesh", [{"shard": 2}, {"replicate": 2, "shard": 1}])
-def test_on_several_ranks_they_are_those_of_one(make_config, mesh):
-    """Gradients and updates; activations are means over more rows."""
-    change = LAYERS | {"train.steps": 4}
-    alone = of(train(make_config(change, out="alone")))[4]
+def test_on_several_ranks_they_are_means_over_the_first_row_of_each(
+    make_config, documents, mesh, monkeypatch
+):
+    """As of a process that looks at both rows; gradients and updates are those of one anyway."""
+    change = LAYERS | {"train.steps": 4, "data.train": documents[0]}
+
+    def both(batch):
+        """Rows 0 and 2 of 4, which are the first of two ranks."""
+        return Batch(batch.inputs[::2], batch.targets[::2], batch.doc_ids[::2])
+
+    monkeypatch.setattr(layers, "_looked_at", both)
+    (alone,) = records_of([make_config(change, out="alone")])
     several = {f"parallel.{key}": value for key, value in mesh.items()}
-    found = on_ranks(2, records_of, make_config(change | several, out="several"))
-    assert found[1] is None
-    for name in ("grad_norm", "update_ratio"):
-        assert found[0][4][name] == pytest.approx(alone[name], rel=1e-3)
-    for name in FIGURES:
-        assert found[0][4][name] == pytest.approx(alone[name], rel=0.5)
-    assert found[0][4]["activation_rms"] != alone["activation_rms"]
+    found, nothing = on_ranks(2, records_of, [make_config(change | several, out="several")])
+    assert nothing == []
+    assert_same_figures(found[0], alone)

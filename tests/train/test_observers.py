@@ -1,11 +1,14 @@
 """Speed, utilisation, memory and profile of a run."""
 
 import json
+import math
 import mmap
+import os
 
 import numpy as np
 import pytest
 import torch
+from ranks import on_ranks
 
 from attamba.config import ConfigError, ModelConfig, ProfileConfig, RunConfig, from_dict
 from attamba.data import Batch
@@ -19,6 +22,8 @@ from attamba.train import train
 from attamba.train.observers import memory
 from attamba.train.phases import PHASES, Phases
 from attamba.train.utilisation import FlopCounter, document_lengths, known_peak
+
+CPU = torch.device("cpu")
 
 MIXERS = {
     "cyclic": {"type": "attamba", "n_heads": 2, "chunk_size": 4, "leading_tokens": 3},
@@ -130,13 +135,46 @@ def test_a_record_says_how_fast_and_by_what(make_config):
         assert record["memory_peak_bytes"] >= record["memory_bytes"] > 10**7
 
 
+def speed_of(config, ballast=0):
+    """Records of a run, and this process's memory after it; rank 1 holds `ballast` bytes more, and
+    has spent more time at reading than there was.
+    """
+    held = None
+    if os.environ.get("RANK") == "1":
+        held, take = b"1" * ballast, Phases.take
+        Phases.take = lambda self: take(self) | {"data": 1e6}
+    records = [r for r in train(config).metrics if r["kind"] == "train"]
+    del held
+    return records, memory(CPU)["memory_bytes"]
+
+
+@pytest.mark.parametrize("mesh", [{"shard": 2}, {"context": 2}, {"tensor": 2, "replicate": 2}])
+def test_speed_is_that_of_all_ranks(make_config, documents, mesh):
+    """Ranks have rows of other documents, and so other FLOPs; one has more memory and waits."""
+    change = {"metrics.peak_tflops": 0.5, "data.train": documents[0], "train.steps": 4}
+    several = {f"parallel.{key}": size for key, size in mesh.items()}
+    n = math.prod(mesh.values())
+    config = make_config(change | several, out="several")
+    (records, own), *_ = on_ranks(n, speed_of, config, 200_000_000)
+    alone, _ = speed_of(make_config(change, out="alone"))
+    for found, expected in zip(records, alone):
+        assert found["tokens"] == expected["tokens"]
+        rates = [r["tokens_per_second_per_device"] for r in (found, expected)]
+        assert found["tokens_per_second"] == pytest.approx(n * rates[0])
+        # FLOPs of a token, whatever the time.
+        assert found["mfu"] / rates[0] == pytest.approx(expected["mfu"] / rates[1])
+        assert found["memory_bytes"] > own + 100_000_000
+        assert found["data_share"] > 1
+        assert 0 < found["forward_share"] + found["backward_share"] <= 1
+
+
 def test_without_a_peak_there_is_no_utilisation(make_config):
     record = train(make_config({"train.steps": 1})).metrics[0]
     assert record["mfu"] is None and record["forward_share"] > 0
 
 
 def test_phases_add_up_and_begin_anew():
-    phases = Phases(torch.device("cpu"))
+    phases = Phases(CPU)
     for _ in range(2):
         with phases("forward"), phases("data", on_host=True):
             pass
@@ -146,10 +184,10 @@ def test_phases_add_up_and_begin_anew():
 
 
 def test_memory_grows_with_what_is_held():
-    before = memory(torch.device("cpu"))["memory_bytes"]
+    before = memory(CPU)["memory_bytes"]
     with mmap.mmap(-1, 40_000_000) as held:  # new pages, where an allocator may have some left
         held.write(b"1" * 40_000_000)
-        assert memory(torch.device("cpu"))["memory_bytes"] > before + 30_000_000
+        assert memory(CPU)["memory_bytes"] > before + 30_000_000
 
 
 # --------------------------------------------------------------------------------------------

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import re
-from pathlib import Path
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from ranks import in_meshes, on_ranks, train_until
+from meshes import CPU, assert_equal, assert_same_records, gradients_of, run_on
+from ranks import on_ranks, train_until
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,8 +21,6 @@ from attamba.train import TrainingDiverged, train
 from attamba.train.distributed import Ranks, mesh_sizes, open_ranks
 from attamba.train.optim import local
 from attamba.train.run import Run
-from attamba.train.sources import open_sources
-from attamba.train.watchdog import Watchdog
 
 JITTER = {"type": "attamba", "n_heads": 2, "chunk_size": 4, "leading_tokens": 6}
 JITTER |= {"boundary": "jitter", "state_dim": 8, "ssm_heads": 2}
@@ -38,6 +37,8 @@ CASES = {
     "both": BOTH,
     "both, accumulated": BOTH | {"train.accumulate": 2},
     "hybrid": BOTH | {"model.mixer": HYBRID, "model.n_layers": 3},
+    "strided": SHARD | {"model.mixer.ssm_scope": "strided"},
+    "boundaries by scores": BOTH | {"model.mixer.boundary": "first_ssm", "model.n_layers": 2},
     "tied": SHARD | {"model.tie_embeddings": True},
     "recurrent": SHARD | {"model.mixer": [{"type": "mingru"}, MAMBA], "model.n_layers": 2},
     "whole layers anew": BOTH | {"parallel.activation_checkpointing": "full"},
@@ -60,24 +61,16 @@ class Unequal:
         return dataclasses.replace(batch, targets=np.where(hidden, UNSCORED, batch.targets))
 
 
-def run_on(config: RunConfig, ranks: Ranks) -> Run:
-    sources = open_sources(
-        config, Path(config.out), fresh=False, say=print, share=(ranks.rank, ranks.size)
-    )
-    sources = dataclasses.replace(sources, train=Unequal(sources.train))
-    return Run(config, sources, ranks, Watchdog(Ranks(ranks.device), 60))
+def unequal(config: RunConfig, ranks: Ranks) -> Run:
+    run = run_on(config, ranks)
+    run.sources = dataclasses.replace(run.sources, train=Unequal(run.sources.train))
+    return run
 
 
 def gradients(config: RunConfig, ranks: Ranks) -> dict[str, Tensor]:
-    """Loss, norm and every gradient of the second step's rows, whole."""
-    run = run_on(config, ranks)
-    run.model.set_draw(1)
-    loss = run.gradients(run.sources.train.batch(1))
-    found = {"loss": loss, "norm": run._clip()}
-    for name, parameter in run.model.named_parameters():
-        grad = parameter.grad
-        found[name] = grad if ranks.alone else grad.full_tensor()
-    return {name: tensor.clone() for name, tensor in found.items()}
+    """Loss, norm and every clipped gradient of the second step's rows."""
+    run = unequal(config, ranks)
+    return gradients_of(run, run.sources.train.batch(1))
 
 
 @pytest.fixture
@@ -93,25 +86,12 @@ def make_parallel(make_config):
 
 def test_gradients_are_those_of_one_rank(make_parallel):
     """In every mesh, with rows that count unequally: loss, norm, and the clipped gradients."""
-    configs = [make_parallel(change) for change in CASES.values()]
-    several = on_ranks(4, in_meshes, configs, gradients)
-    for name, config, *found in zip(CASES, configs, *several):
-        own = dataclasses.replace(config.parallel, replicate=1, shard=1)
-        alone = dataclasses.replace(config, parallel=own)
-        plain = dataclasses.replace(
-            alone, parallel=dataclasses.replace(own, activation_checkpointing="none")
-        )
-        expected = gradients(plain, Ranks(torch.device("cpu")))
-        assert expected["norm"] > 0.5
-        for rank in found:
-            assert rank.keys() == expected.keys()
-            for key, tensor in expected.items():
-                error = (rank[key] - tensor).norm() / tensor.norm()
-                assert error < LOOSE.get(name, 2e-5), f"{name}: {key} differs by {error:.1e}"
+    configs = {name: make_parallel(change) for name, change in CASES.items()}
+    assert_equal(4, configs, gradients, loose=LOOSE)
 
 
 def test_activations_can_be_computed_anew_on_one_device(make_parallel):
-    alone = Ranks(torch.device("cpu"))
+    alone = Ranks(CPU)
     expected = gradients(make_parallel(), alone)
     for kind in ("full", "selective"):
         found = gradients(make_parallel({"parallel.activation_checkpointing": kind}), alone)
@@ -121,7 +101,7 @@ def test_activations_can_be_computed_anew_on_one_device(make_parallel):
 
 def saved_bytes(config: RunConfig) -> int:
     """What the forward pass keeps for the backward pass, beside parameters."""
-    run = run_on(config, Ranks(torch.device("cpu")))
+    run = unequal(config, Ranks(CPU))
     held: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -158,7 +138,7 @@ def test_selective_does_not_multiply_again(make_parallel):
     counts = []
     for kind in ("none", "selective", "full"):
         config = make_parallel({"parallel.activation_checkpointing": kind})
-        run = run_on(config, Ranks(torch.device("cpu")))
+        run = unequal(config, Ranks(CPU))
         loss = run._loss_sum(run.sources.train.batch(0))
         with Products() as products:
             loss.backward()
@@ -167,22 +147,12 @@ def test_selective_does_not_multiply_again(make_parallel):
     assert none == selective < full
 
 
-def assert_close(a: list[dict], b: list[dict], tolerance: float = 1e-3) -> None:
-    """The same records but for sums in another order, which AdamW enlarges."""
-    assert len(a) == len(b)
-    for left, right in zip(a, b):
-        assert left.keys() == right.keys()
-        for key, value in left.items():
-            same = value == right[key] if key == "kind" else None
-            assert same or value == pytest.approx(right[key], rel=tolerance), (left, right)
-
-
 def test_a_run_is_that_of_one_rank(make_parallel):
     """Losses, norms, rates, tokens and validation, of rows that do not divide among the ranks."""
     change = {"train.eval_rows": 3, "train.steps": 6, "model.mixer.boundary": "random"}
     records = on_ranks(2, train_until, make_parallel(change, out="several"))
     assert records[1] == []
-    assert_close(records[0], train_until(make_parallel(change, out="alone")), 1e-4)
+    assert_same_records(records[0], train_until(make_parallel(change, out="alone")), 1e-4)
 
 
 def test_many_chunk_sizes_are_drawn_alike(make_parallel):
@@ -190,7 +160,7 @@ def test_many_chunk_sizes_are_drawn_alike(make_parallel):
     records = on_ranks(
         2, train_until, make_parallel(change | BOTH | {"parallel.shard": 1}, out="two")
     )
-    assert_close(records[0], train_until(make_parallel(change, out="alone")), 1e-4)
+    assert_same_records(records[0], train_until(make_parallel(change, out="alone")), 1e-4)
 
 
 WRONG = [
@@ -201,6 +171,7 @@ WRONG = [
     ({"eval.tasks": ["piqa"]}, r"eval\.tasks=\['piqa'\] are scored by one process"),
     ({"optim.lr": 2e-3}, r"holds a run of another configuration"),
     ({"data.train": "missing.txt"}, r"missing\.txt"),
+    ({"data.train": "truncated"}, r"tokens-00000-000\.bin has \d+ bytes, .* says \d+ bytes"),
     ({"out": "locked"}, r"another process is training in this folder"),
 ]
 
@@ -215,10 +186,15 @@ def errors(configs: list[RunConfig]) -> list[str]:
     return found
 
 
-def test_what_cannot_be_is_said_on_every_rank(make_parallel, tmp_path):
+def test_what_cannot_be_is_said_on_every_rank(make_parallel, prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "truncated")
+    shard = tmp_path / "truncated" / "tokens-00000-000.bin"
+    shard.write_bytes(shard.read_bytes()[:-100])
     configs = [make_parallel({"train.steps": 1}, out="run")]
     for change, _ in WRONG:
         change = {"train.steps": 1, **change}
+        if change.get("data.train") == "truncated":
+            change["data.train"] = str(shard.parent)
         out = change.pop("out", "run" if "optim.lr" in change else "other")
         configs.append(make_parallel(change, out=out))
     (tmp_path / "locked").mkdir()
@@ -233,7 +209,7 @@ def test_what_cannot_be_is_said_on_every_rank(make_parallel, tmp_path):
 def diverge(config: RunConfig) -> str:
     """The final norm's weights become infinite on one rank alone."""
     with open_ranks(config) as ranks, pytest.raises(TrainingDiverged) as caught:
-        run = run_on(config, ranks)
+        run = unequal(config, ranks)
         run.take_step()
         if ranks.rank == 1:
             local(run.model.norm.weight.data).fill_(float("inf"))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from meshes import alone, assert_equal, assert_same_records, gradients_of, of_one, run_on
 from ranks import in_meshes, on_ranks, train_until
 from torch import Tensor
 
@@ -18,9 +17,6 @@ from attamba.data import UNSCORED, Batch
 from attamba.models import build_model
 from attamba.train.distributed import Ranks, check_ranks, open_ranks
 from attamba.train.parallelize import parallelize
-from attamba.train.run import Run
-from attamba.train.sources import open_sources
-from attamba.train.watchdog import Watchdog
 
 ATTAMBA = {"type": "attamba", "n_heads": 4, "chunk_size": 4, "leading_tokens": 5}
 ATTAMBA |= {"state_dim": 8, "ssm_heads": 2}
@@ -61,21 +57,9 @@ def rows(config: RunConfig, share: tuple[int, int]) -> Batch:
     return Batch(inputs[part], targets[part], doc_ids[part])
 
 
-def run_on(config: RunConfig, ranks: Ranks) -> Run:
-    sources = open_sources(config, Path(config.out), fresh=False, say=print, share=ranks.share)
-    return Run(config, sources, ranks, Watchdog(Ranks(ranks.device), 60))
-
-
 def gradients(config: RunConfig, ranks: Ranks) -> dict[str, Tensor]:
-    """Loss, norm and every clipped gradient, whole."""
-    run = run_on(config, ranks)
-    run.model.set_draw(1)
-    found = {"loss": run.gradients(rows(config, ranks.share)), "norm": run._clip()}
-    for name, parameter in run.model.named_parameters():
-        grad = parameter.grad
-        assert grad is not None, name
-        found[name] = grad if ranks.alone else grad.full_tensor()
-    return {name: tensor.clone() for name, tensor in found.items()}
+    """Loss, norm and every clipped gradient of `rows`."""
+    return gradients_of(run_on(config, ranks), rows(config, ranks.share))
 
 
 def undecayed(config: RunConfig) -> list[str]:
@@ -101,28 +85,9 @@ def make_shared(make_config):
     return make
 
 
-def alone(config: RunConfig) -> RunConfig:
-    parallel = dataclasses.replace(
-        config.parallel, replicate=1, shard=1, context=1, tensor=1, activation_checkpointing="none"
-    )
-    return dataclasses.replace(config, parallel=parallel)
-
-
-def assert_equal(n: int, configs: dict[str, RunConfig]) -> None:
-    several = on_ranks(n, in_meshes, list(configs.values()), gradients, timeout=120)
-    for (name, config), *found in zip(configs.items(), *several):
-        expected = gradients(alone(config), Ranks(torch.device("cpu")))
-        assert expected["norm"] > 0.5
-        for rank in found:
-            assert rank.keys() == expected.keys()
-            for key, tensor in expected.items():
-                error = (rank[key] - tensor).norm() / tensor.norm()
-                assert error < 5e-5, f"{name}: {key} differs by {error:.1e}"
-
-
 def test_rows_shared_by_two(make_shared):
     configs = {name: make_shared(mixer, {"context": 2}) for name, mixer in MIXERS.items()}
-    assert_equal(2, configs)
+    assert_equal(2, configs, gradients)
 
 
 def test_rows_shared_by_four(make_shared):
@@ -133,7 +98,7 @@ def test_rows_shared_by_four(make_shared):
         f"{name}, no documents": make_shared(MIXERS[name], {"context": 4}, rows_whole)
         for name in ("chunk", "heads apart", "attention", "recurrent")
     }
-    assert_equal(4, configs)
+    assert_equal(4, configs, gradients)
 
 
 def test_the_same_parameters_decay(make_shared):
@@ -148,7 +113,7 @@ def test_the_same_parameters_decay(make_shared):
 def test_layers_shared_by_two(make_shared):
     configs = {name: make_shared(mixer, {"tensor": 2}) for name, mixer in MIXERS.items()}
     configs["tied"] = make_shared(ATTAMBA, {"tensor": 2}, {"model.tie_embeddings": True})
-    assert_equal(2, configs)
+    assert_equal(2, configs, gradients)
 
 
 FEW = {name: MIXERS[name] for name in ("chunk", "heads apart", "gated", "attention", "recurrent")}
@@ -177,7 +142,7 @@ def test_meshes_of_four(make_shared):
     configs["anew"] = make_shared(SEQUENCE, {"tensor": 2, "context": 2}, anew)
     some = {"parallel.activation_checkpointing": "selective"}
     configs["some anew"] = make_shared(ATTAMBA, {"tensor": 2, "context": 2}, some)
-    assert_equal(4, configs)
+    assert_equal(4, configs, gradients)
 
 
 def test_a_run_goes_on_in_other_meshes(make_shared):
@@ -197,11 +162,7 @@ def test_a_run_goes_on_in_other_meshes(make_shared):
     on_ranks(2, train_until, on({"replicate": 2}), 1)
     records, *_ = on_ranks(2, train_until, on({"tensor": 2}))
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 11))
-    assert len(records) == len(straight)
-    for found, expected in zip(records, straight):
-        assert found.keys() == expected.keys()
-        for key in found.keys() - {"kind"}:
-            assert found[key] == pytest.approx(expected[key], rel=1e-3), (found, expected)
+    assert_same_records(records, straight)
 
 
 def logits_of_rows(config: RunConfig, ids: Tensor, ends: Tensor, doc_ids: Tensor) -> Tensor:
@@ -253,8 +214,16 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     ({"type": "minlstm"}, {"parallel.tensor": 3}, r"tensor=3 does not divide mixer\.hidden_dim=32"),
     (ATTAMBA, {"parallel.tensor": 2, "model.ffn_dim": 33}, r"model\.ffn_dim=33"),
     (ATTAMBA, {"parallel.tensor": 2, "model.vocab_size": 257}, r"model\.vocab_size=257"),
-    ({**ATTAMBA, "ssm_scope": "strided"}, {"parallel.context": 2}, r"context=2 .*strided"),
-    ({**ATTAMBA, "boundary": "first_ssm"}, {"parallel.tensor": 2}, r"tensor=2 .*first_ssm"),
+    (
+        {**ATTAMBA, "ssm_scope": "strided"},
+        {"parallel.context": 2},
+        r"context=2 .* mixer\.ssm_scope=strided",
+    ),
+    (
+        {**ATTAMBA, "boundary": "first_ssm"},
+        {"parallel.tensor": 2},
+        r"tensor=2 .* mixer\.boundary=first_ssm",
+    ),
 ]
 
 
@@ -286,7 +255,7 @@ def test_layers_can_be_compiled_in_every_mesh(make_shared):
     meshes = [{name: 2} for name in ("tensor", "context", "shard", "replicate")]
     configs = [make_shared(SEQUENCE, mesh, compiled) for mesh in meshes]
     plain = make_shared(SEQUENCE, {"shard": 1}, {**compiled, "train.compile": False})
-    expected = gradients(plain, Ranks(torch.device("cpu")))
+    expected = of_one(plain, gradients)
     for of_rank in on_ranks(2, compiled_gradients, configs, timeout=120):
         for mesh, found in zip(meshes, of_rank):
             for key, tensor in expected.items():
@@ -299,8 +268,7 @@ def test_ranks_that_share_lose_about_as_much_to_bfloat16_as_one_does(make_shared
     meshes = [{"tensor": 2, "context": 2}, {"tensor": 2, "shard": 2}, {"context": 2, "shard": 2}]
     configs = [make_shared(ATTAMBA, mesh, mixed) for mesh in meshes]
     exact, rounded = (
-        gradients(alone(config), Ranks(torch.device("cpu")))
-        for config in (make_shared(ATTAMBA, {"shard": 1}), configs[0])
+        of_one(config, gradients) for config in (make_shared(ATTAMBA, {"shard": 1}), configs[0])
     )
     for of_rank in on_ranks(4, in_meshes, configs, gradients, timeout=120):
         for mesh, found in zip(meshes, of_rank):
