@@ -20,7 +20,7 @@ from attamba.ops.chunk_scan.kernels import pass_states
 from attamba.ops.chunk_scan.triton import BLOCK, GROUP, writes_ptx
 from attamba.ops.compress.scan import kernels
 from attamba.ops.compress.scan.backward import kernels as backward
-from attamba.ops.compress.triton import _flags, _processors, _rows
+from attamba.ops.compress.triton import even_rows, flags, processors_of
 
 
 class Launch(NamedTuple):
@@ -55,8 +55,11 @@ LAUNCHES = {
 }
 """By kernel, for states of up to 2048 numbers; larger ones take twice the warps."""
 
+SHARED_COLUMNS = 64
+"""Columns of B and C that a program takes at once."""
+
 COLUMNS, ROWS, SPAN = 128, 16, 512
-"""Columns that a program takes of a convolution; of its gradient also rows, and tokens in all."""
+"""What a program takes of the convolution's gradient: columns, and tokens, at once and in all."""
 
 
 def passes_states(dtype: torch.dtype, state_dim: int, width: int) -> bool:
@@ -165,9 +168,7 @@ def scan_backward(
     halves = tuple(t.contiguous() for t in (y_k, y_v, dy_k, dy_v))
     dproj = proj.new_empty(proj.shape)
     along = torch.empty_like(rstd)
-    call.run(
-        backward.gradient_along, call.tokens_grid, *halves, along, call.seq, **call.whole_rows
-    )
+    call.run(backward.gradient_along, call.tokens_grid, *halves, along, call.seq, **call.whole_rows)
     norm = (*halves, rstd.contiguous(), along)
     dconv = proj.new_empty(*proj.shape[:2], conv_weight.shape[0])
     dshared = proj.new_empty(call.heads, *call.shared[0].shape)
@@ -233,17 +234,16 @@ class _Call:
     state_dim: int
 
     def __post_init__(self) -> None:
-        self.proj = _rows(self.proj)
-        self.conv_weight, self.A, self.dt_bias, self.D = (
-            t.contiguous() for t in (self.conv_weight, self.A, self.dt_bias, self.D)
-        )
+        self.proj = even_rows(self.proj)
+        self.A, self.dt_bias, self.D = (t.contiguous() for t in (self.A, self.dt_bias, self.D))
+        self.conv_weight = self.conv_weight.t().contiguous()  # columns side by side, as in proj
         self.batch, self.seq, _ = self.proj.shape
         self.heads = self.A.shape[1]
-        channels, self.taps = self.conv_weight.shape
+        self.taps, channels = self.conv_weight.shape
         self.inner = channels // 2 - 2 * self.state_dim
         self.tiles = triton.cdiv(self.seq, TILE)
         programs = 2 * self.heads * self.batch
-        wanted = max(1, round(_processors(self.proj.device) * PROGRAMS / programs))
+        wanted = max(1, round(processors_of(self.proj.device) * PROGRAMS / programs))
         self.span = max(min(SHORTEST, self.tiles), triton.cdiv(self.tiles, wanted))
         self.heads_grid = (2 * self.heads, triton.cdiv(self.tiles, self.span), self.batch)
         self.sizes = (self.seq, self.tiles, self.span)
@@ -278,6 +278,18 @@ class _Call:
         filled = triton.next_power_of_2(self.inner)
         return {"E": self.inner, "R": max(1, 4096 // filled), "EP": filled}
 
+    @property
+    def columns_grid(self) -> tuple[int, int, int]:
+        blocks = triton.cdiv(4 * self.state_dim, self.few_columns["BLOCK"])
+        return self.tiles, self.batch, blocks
+
+    @property
+    def few_columns(self) -> dict[str, Any]:
+        """What the kernels of columns of B and C are compiled for."""
+        constants = {name: self.constants[name] for name in ("E", "S", "N", "TAPS", "Q", "PTX")}
+        block = min(SHARED_COLUMNS, triton.next_power_of_2(4 * self.state_dim))
+        return {**constants, "BLOCK": block}
+
     def run(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         launch = LAUNCHES[kernel.fn.__name__]
         warps = launch.warps
@@ -291,24 +303,19 @@ class _Call:
     @cached_property
     def shared(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What heads share: see shared_inputs."""
-        starts, starts_stride = _flags(self.starts)
+        starts, starts_stride = flags(self.starts)
         columns = 4 * self.state_dim
         shared = self.proj.new_empty(self.batch, self.seq, columns)
         cum = torch.empty_like(self.dt)
-        chunk, visible = (self.dt.new_empty(self.dt.shape[1:], dtype=torch.int32) for _ in "cv")
-        outputs = (shared, self.dt, cum, chunk, visible)
+        first, visible = (self.dt.new_empty(self.dt.shape[1:], dtype=torch.int32) for _ in "fv")
+        outputs = (shared, self.dt, cum, first, visible)
         self.run(
-            kernels.shared_inputs, (self.tiles, self.batch),
+            kernels.shared_inputs, self.columns_grid,
             self.proj, self.conv_weight, self.A, self.dt_bias, starts, *outputs,
             self.seq, self.tiles, starts_stride, self.proj.stride(1),
-            **self._of_columns(), SP=triton.next_power_of_2(2 * self.heads),
+            **self.few_columns, SP=triton.next_power_of_2(2 * self.heads),
         )  # fmt: skip
         return outputs
-
-    def _of_columns(self) -> dict[str, Any]:
-        names = ("E", "S", "N", "TAPS", "Q", "PTX")
-        block = min(COLUMNS, triton.next_power_of_2(4 * self.state_dim))
-        return {**{name: self.constants[name] for name in names}, "BLOCK": block}
 
     def entering(self) -> Tensor:
         """The states that enter the segments, float32 [B, m, 2S, N, W]; none, [0], of one."""
@@ -369,14 +376,12 @@ class _Call:
     def conv_gradients(self, dshared: Tensor, dconv: Tensor, dproj: Tensor) -> Tensor:
         """Fills dproj's columns of x, B and C; returns the weights' gradient, float32."""
         visible = self.shared[4]
-        of_columns = self._of_columns()
         self.run(
-            backward.sum_heads,
-            (self.tiles, self.batch, triton.cdiv(4 * self.state_dim, of_columns["BLOCK"])),
+            backward.sum_heads, self.columns_grid,
             self.proj, self.conv_weight, visible, dshared, dconv,
-            self.seq, self.tiles, self.proj.stride(1), **of_columns,
+            self.seq, self.tiles, self.proj.stride(1), **self.few_columns,
         )  # fmt: skip
-        channels = self.conv_weight.shape[0]
+        channels = self.conv_weight.shape[1]
         spans = triton.cdiv(self.seq, SPAN)
         dweight = self.dt.new_empty(self.batch, spans, self.taps, channels)
         self.run(

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from attamba.ops.chunk_scan.kernels import columns, sigmoid
-from attamba.ops.compress.kernels import _half
+from attamba.ops.compress.kernels import one_of
 from attamba.ops.compress.scan.kernels import (
     VARYING,
     convolve,
@@ -54,7 +54,7 @@ def gradient_along(
 ):  # fmt: skip
     """along, float32 [B*T, 2]. Grid: blocks of R tokens x B x 2."""
     batch, kv = tl.program_id(1), tl.program_id(2)
-    y, dy = _half(kv, y_k, y_v), _half(kv, dy_k, dy_v)
+    y, dy = one_of(kv, y_k, y_v), one_of(kv, dy_k, dy_v)
     token = tl.program_id(0) * R + tl.arange(0, R)
     e = tl.arange(0, EP)
     ok = token < seq
@@ -78,7 +78,7 @@ def _norm_gradient(y, dy, rstd, along, at, token, row, ok, exists):
 
 @triton.jit(do_not_specialize=VARYING)
 def segment_gradients(
-    proj, shared, cum, chunk, visible, y_k, y_v, dy_k, dy_v, rstd, along, own, decays,
+    proj, shared, cum, first, visible, y_k, y_v, dy_k, dy_v, rstd, along, own, decays,
     seq, tiles, span, stride,
     E: tl.constexpr, S: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
     Q: tl.constexpr, NP: tl.constexpr, WP: tl.constexpr, PRECISION: tl.constexpr,
@@ -89,7 +89,7 @@ def segment_gradients(
     """
     head, segment, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv = head // S
-    y, dy = _half(kv, y_k, y_v), _half(kv, dy_k, dy_v)
+    y, dy = one_of(kv, y_k, y_v), one_of(kv, dy_k, dy_v)
     row, n, w = tl.arange(0, Q), tl.arange(0, NP), tl.arange(0, WP)
     DTYPE: tl.constexpr = proj.dtype.element_ty
     column = head.to(tl.int64) * (tl.num_programs(2) * tiles * Q)
@@ -100,18 +100,18 @@ def segment_gradients(
         tile = begin + stop - 1 - index
         here = (batch.to(tl.int64) * tiles + tile) * Q
         token = batch.to(tl.int64) * seq + tile * Q
-        sums = tl.load(cum + column + here + row)
-        chunks = tl.load(chunk + here + row)
+        logs = tl.load(cum + column + here + row)
+        firsts = tl.load(first + here + row)
         ok = tl.load(visible + here + row) >= 0
         through = decay_through(
-            tl.load(cum + column + here + Q - 1), tl.load(chunk + here + Q - 1), PTX
+            tl.load(cum + column + here + Q - 1), tl.load(first + here + Q - 1), PTX
         )
         w_exists = columns(ok, w, W, WP)
         z_at = proj + token * stride + head * W + row[:, None] * stride + w[None, :]
         z = tl.load(z_at, mask=w_exists, other=0.0).to(tl.float32)
         at = token * E + (head % S) * W + row[:, None] * E + w[None, :]
         grad = _norm_gradient(y, dy, rstd + kv, along + kv, at, token, row, ok, w_exists)
-        grad *= z * sigmoid(z, PTX) * decay_from_start(sums, chunks, PTX)[:, None]
+        grad *= z * sigmoid(z, PTX) * decay_from_start(logs, firsts, PTX)[:, None]
         read = shared_at(shared + token * (4 * N), kv, n, row, N) + 2 * N
         read = tl.load(read, mask=columns(ok, n, N, NP), other=0.0)
         dh *= through
@@ -125,7 +125,7 @@ def segment_gradients(
 
 @triton.jit(do_not_specialize=VARYING)
 def scan_gradients(
-    proj, conv_weight, D, shared, dt, cum, chunk, visible, states, leaving,
+    proj, conv_weight, D, shared, dt, cum, first, visible, states, leaving,
     y_k, y_v, dy_k, dy_v, rstd, along, dproj, dconv, dshared, sums, through,
     seq, tiles, span, stride, dstride,
     E: tl.constexpr, S: tl.constexpr, N: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr,
@@ -143,18 +143,20 @@ def scan_gradients(
     """
     head, segment, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv = head // S
-    y, dy = _half(kv, y_k, y_v), _half(kv, dy_k, dy_v)
+    y, dy = one_of(kv, y_k, y_v), one_of(kv, dy_k, dy_v)
     row, n, w = tl.arange(0, Q), tl.arange(0, NP), tl.arange(0, WP)
     DTYPE: tl.constexpr = proj.dtype.element_ty
     CHANNELS: tl.constexpr = 2 * E + 4 * N
     kind = tl.num_programs(2).to(tl.int64) * tiles * (2 * S * Q)  # from one of the sums to the next
     column = head.to(tl.int64) * (tl.num_programs(2) * tiles * Q)
     dshared += (head % S).to(tl.int64) * tl.num_programs(2) * seq * (4 * N)
-    weight = conv_weight + (head * W + w) * TAPS
+    weight = conv_weight + head * W + w
     skip = tl.load(D + head).to(tl.float32)
     dh = tl.zeros([NP, WP], tl.float32)
     if segment + 1 < tl.num_programs(1):
-        at, exists = state_at(leaving, batch, segment, tl.num_programs(1), head, 2 * S, N, W, NP, WP)
+        at, exists = state_at(
+            leaving, batch, segment, tl.num_programs(1), head, 2 * S, N, W, NP, WP
+        )
         dh = tl.load(at, mask=exists, other=0.0)
     begin, stop = segment * span, tl.minimum((segment + 1) * span, tiles)
     for index in range(begin, stop):
@@ -162,16 +164,16 @@ def scan_gradients(
         here = (batch.to(tl.int64) * tiles + tile) * Q
         token = batch.to(tl.int64) * seq + tile * Q
         step = tl.load(dt + column + here + row)
-        total_log = tl.load(cum + column + here + row)
-        chunks = tl.load(chunk + here + row)
+        logs = tl.load(cum + column + here + row)
+        firsts = tl.load(first + here + row)
         seen = tl.load(visible + here + row)
         total = tl.load(cum + column + here + Q - 1)
-        last = tl.load(chunk + here + Q - 1)
+        last = tl.load(first + here + Q - 1)
         ok = seen >= 0
         n_exists, w_exists = columns(ok, n, N, NP), columns(ok, w, W, WP)
         at = proj + token * stride + head * W + row[:, None] * stride + w[None, :]
         z = tl.load(at, mask=w_exists, other=0.0).to(tl.float32)
-        x = convolve(at + 2 * E, weight, seen, w, stride, W, WP, TAPS)
+        x = convolve(at + 2 * E, weight, seen, w, stride, CHANNELS, W, WP, TAPS)
         at = token * E + (head % S) * W + row[:, None] * E + w[None, :]
         grad = _norm_gradient(y, dy, rstd + kv, along + kv, at, token, row, ok, w_exists)
         at = shared_at(shared + token * (4 * N), kv, n, row, N)
@@ -190,8 +192,8 @@ def scan_gradients(
         low = grad.to(DTYPE)
 
         # The outputs anew, without D x; the gate's gradient.
-        decay = decay_within(total_log, chunks, row, PTX)
-        from_start = decay_from_start(total_log, chunks, PTX)
+        decay = decay_within(logs, firsts, row, PTX)
+        from_start = decay_from_start(logs, firsts, PTX)
         mixing = tl.dot(read, tl.trans(write), input_precision=PRECISION)
         mixing = (mixing * decay).to(DTYPE)
         out = tl.dot(read, state, input_precision=PRECISION) * from_start[:, None]
@@ -201,7 +203,7 @@ def scan_gradients(
 
         # Of B and C, which heads share.
         started = (grad * from_start[:, None]).to(DTYPE)
-        to_end = decay_to_end(total_log, chunks, total, last, PTX)
+        to_end = decay_to_end(logs, row, total, last, PTX)
         low_dh = dh.to(DTYPE)
         dmixing = tl.dot(low, tl.trans(value), input_precision=PRECISION)
         dmixing = (dmixing * decay).to(DTYPE)
@@ -299,8 +301,8 @@ def sum_heads(
         grad += tl.load(at, mask=exists, other=0.0).to(tl.float32)
         at += tl.num_programs(1).to(tl.int64) * seq * (4 * N)
     inputs = proj + token * stride + 4 * E + row[:, None] * stride + column[None, :]
-    weight = conv_weight + (2 * E + column) * TAPS
-    mixed = convolve(inputs, weight, seen, column, stride, 4 * N, 0, TAPS)
+    weight = conv_weight + 2 * E + column
+    mixed = convolve(inputs, weight, seen, column, stride, 2 * E + 4 * N, 4 * N, 0, TAPS)
     gate = sigmoid(mixed, PTX)
     grad *= _slope(mixed * gate, gate)
     at = dconv + token * (2 * E + 4 * N) + 2 * E + row[:, None] * (2 * E + 4 * N) + column[None, :]
@@ -327,9 +329,9 @@ def conv_gradients(
     c_ok = column < WIDTH
     tap = (TAPS - 1 - lag)[:, None]
     taps_exist = (lag < TAPS)[:, None] & c_ok[None, :]
-    weight = tl.load(conv_weight + column[None, :] * TAPS + tap, mask=taps_exist, other=0.0)
+    weight = tl.load(conv_weight + tap * WIDTH + column[None, :], mask=taps_exist, other=0.0)
     weight = weight.to(tl.float32)
-    sums = tl.zeros([TP, R, BLOCK], tl.float32)
+    sums = tl.zeros([R, TP, BLOCK], tl.float32)
     begin = tl.program_id(1) * span
     visible += batch.to(tl.int64) * steps
     for first in range(begin, tl.minimum(begin + span, seq), R):
@@ -338,17 +340,17 @@ def conv_gradients(
         exists = (token < seq)[:, None] & c_ok[None, :]
         at = proj + here * stride + 2 * E + row[:, None] * stride + column[None, :]
         inputs = tl.load(at, mask=exists, other=0.0).to(tl.float32)
-        # [TP, R]: the tokens `lag` later whose convolution takes this token.
-        later = token[None, :] + lag[:, None]
-        takes = (later < seq) & (lag < TAPS)[:, None]
-        takes = takes & (tl.load(visible + later, mask=takes, other=-1) >= lag[:, None])
-        at = (row[None, :] + lag[:, None])[:, :, None] * WIDTH + column[None, None, :]
-        exists_3 = takes[:, :, None] & c_ok[None, None, :]
-        grad = tl.load(dconv + here * WIDTH + at, mask=exists_3, other=0.0).to(tl.float32)
-        dinputs = tl.sum(grad * weight[:, None, :], 0)
-        sums += grad * inputs[None, :, :]
+        # [R, TP]: the tokens `lag` later whose convolution takes this token.
+        later = token[:, None] + lag[None, :]
+        takes = (later < seq) & (lag < TAPS)[None, :]
+        takes = takes & (tl.load(visible + later, mask=takes, other=-1) >= lag[None, :])
+        at = (row[:, None] + lag[None, :])[:, :, None] * WIDTH + column[None, None, :]
+        taken = takes[:, :, None] & c_ok[None, None, :]
+        grad = tl.load(dconv + here * WIDTH + at, mask=taken, other=0.0).to(tl.float32)
+        dinputs = tl.sum(grad * weight[None, :, :], 1)
+        sums += grad * inputs[:, None, :]
         at = dproj + here * dstride + 2 * E + row[:, None] * dstride + column[None, :]
         tl.store(at, dinputs.to(dproj.dtype.element_ty), mask=exists)
     program = batch.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     dweight += program * (TAPS * WIDTH) + tap * WIDTH + column[None, :]
-    tl.store(dweight, tl.sum(sums, 1), mask=taps_exist)
+    tl.store(dweight, tl.sum(sums, 0), mask=taps_exist)
