@@ -44,7 +44,7 @@ LARGEST_STATE = 8192
 LAUNCHES = {
     "shared_inputs": Launch(4),
     "segment_states": Launch(4),
-    "segment_outputs": Launch(4),
+    "segment_outputs": Launch(4, 168),
     "normalise": Launch(4),
     "gradient_along": Launch(4),
     "segment_gradients": Launch(4),
