@@ -31,7 +31,7 @@ from attamba.ops.chunking import make_boundary
 FLOAT32 = 4
 LARGEST_TILE = 64
 """Chunks up to this length are compressed by one kernel in 16 bits; see ops.compress.triton."""
-TILE, LARGEST_STATE = 64, 8192
+TILE, LARGEST_STATE = 64, 4096
 """Where states pass in 16 bits: tokens for each state that is kept, and its most numbers, both
 sides filled up to a power of two; see ops.compress.scan.triton."""
 
@@ -108,7 +108,7 @@ def compressor_keeps(mixer: AttambaMixer, d: int, c: int, tensor: int = 1) -> Ke
         mean                 4 (2 (d + 1) + 2)                 sum and count, float32
 
     One kernel takes chunks of up to 64 tokens in 16 bits; where they are longer or run through,
-    states pass between tiles. float32, states of more than 8192 numbers a head, and heads on
+    states pass between tiles. float32, states of more than 4096 numbers a head, and heads on
     several ranks go in steps.
     """
     GD = kv_width(mixer, d) / tensor

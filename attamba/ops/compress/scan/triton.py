@@ -38,7 +38,7 @@ PROGRAMS, SHORTEST = 8, 2
 """Rows are cut into segments until there are about so many programs for each multiprocessor; and
 the tiles of a segment, of which fewer are not worth the second reading."""
 
-LARGEST_STATE = 8192
+LARGEST_STATE = 4096
 """Numbers of a head's state, N times W, each filled up to a power of two: a program holds them."""
 
 LAUNCHES = {
