@@ -42,16 +42,16 @@ LARGEST_STATE = 4096
 """Numbers of a head's state, N times W, each filled up to a power of two: a program holds them."""
 
 LAUNCHES = {
-    "shared_inputs": Launch(4),
-    "segment_states": Launch(4),
+    "shared_inputs": Launch(4, 96),
+    "segment_states": Launch(4, 96),
     "segment_outputs": Launch(4, 168),
     "normalise": Launch(4),
     "gradient_along": Launch(4),
-    "segment_gradients": Launch(4),
+    "segment_gradients": Launch(4, 168),
     "scan_gradients": Launch(4),
     "step_gradients": Launch(4),
-    "sum_heads": Launch(4),
-    "conv_gradients": Launch(4),
+    "sum_heads": Launch(4, 128),
+    "conv_gradients": Launch(4, 168),
 }
 """By kernel, for states of up to 2048 numbers; larger ones take twice the warps."""
 
