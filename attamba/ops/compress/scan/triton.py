@@ -65,8 +65,8 @@ COLUMNS, ROWS, SPAN = 128, 16, 512
 def passes_states(dtype: torch.dtype, state_dim: int, width: int) -> bool:
     """Do compressors of 16 bits and such states go through these kernels?
 
-    Not in float32, whose exact products of 64 tokens take a minute to compile and are slow: it
-    goes through chunk_scan, in smaller tiles.
+    Not in float32, whose exact products take long to compile in tiles of this size, see
+    fits_a_tile: it goes through chunk_scan, in smaller ones.
     """
     return dtype != torch.float32 and _filled(state_dim) * _filled(width) <= LARGEST_STATE
 
