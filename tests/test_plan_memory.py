@@ -88,6 +88,17 @@ def test_the_kernel_s_longest_chunk_is_the_plan_s():
     assert not fits_a_tile(LARGEST_TILE + 1, torch.bfloat16)
 
 
+def test_the_kernels_largest_state_and_tile_are_the_plan_s():
+    pytest.importorskip("triton")
+    from attamba.ops.compress.scan import triton as scan
+    from attamba.plan import activations
+
+    assert (scan.TILE, scan.LARGEST_STATE) == (activations.TILE, activations.LARGEST_STATE)
+    for sides in ((1, 1), (64, 64), (64, 65), (16, 256), (3, 257)):
+        fits = scan.passes_states(torch.bfloat16, *sides)
+        assert activations._fits_a_program(*sides) == fits
+
+
 @pytest.mark.parametrize("kind", ["none", "selective", "full"])
 def test_activations_of_a_model(kind):
     config = run_config(parallel={"activation_checkpointing": kind}, data={"batch_size": 2})

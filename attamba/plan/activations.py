@@ -12,6 +12,7 @@ train.dtype=bfloat16). With tensor parallelism H, G, E, S, f and C are a rank's 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from attamba.config import ModelConfig
@@ -30,6 +31,9 @@ from attamba.ops.chunking import make_boundary
 FLOAT32 = 4
 LARGEST_TILE = 64
 """Chunks up to this length are compressed by one kernel in 16 bits; see ops.compress.triton."""
+TILE, LARGEST_STATE = 64, 4096
+"""Where states pass in 16 bits: tokens for each state that is kept, and its most numbers, both
+sides filled up to a power of two; see ops.compress.scan.triton."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +99,17 @@ def compressor_keeps(mixer: AttambaMixer, d: int, c: int, tensor: int = 1) -> Ke
     """The compressors of keys and values, by kind.
 
         ssm, one kernel      c (4E + 4N + 2S + 2E) + 8 + 1     its input, results, norm, starts
-        ssm, in steps        the above, and c (k + 2) X + 2 * 8S + 2 c 2E + 4 * 2E + (k - 1)
+        ssm, states pass     the above, and c 2 E N / 64       a state for each tile of 64 tokens
+        ssm, in steps        the first, and c (k + 2) X + 2 * 8S + 2 c 2E + 4 * 2E + (k - 1)
                              of X = 2E + 4N channels: the convolution's input, its k - 1 taps times
                              weights, its result and SiLU of it; steps before and after softplus;
                              y, SiLU(z) and their product in float32
         gated                4 * 20 G D + 16                   all in float32
         mean                 4 (2 (d + 1) + 2)                 sum and count, float32
 
-    One kernel takes chunks of up to 64 tokens in 16 bits; float32, longer chunks, states that run
-    through and heads on several ranks go in steps.
+    One kernel takes chunks of up to 64 tokens in 16 bits; where they are longer or run through,
+    states pass between tiles. float32, states of more than 4096 numbers a head, and heads on
+    several ranks go in steps.
     """
     GD = kv_width(mixer, d) / tensor
     if mixer.compressor == "mean":
@@ -114,7 +120,12 @@ def compressor_keeps(mixer: AttambaMixer, d: int, c: int, tensor: int = 1) -> Ke
     S, k, X = mixer.ssm_heads / tensor, mixer.conv_width, 2 * E + 4 * N
     projected = c * (4 * E + 4 * N + 2 * S)
     kept = projected + c * 2 * E + 8 + 1
-    if tensor > 1 or not _one_kernel(mixer, c):
+    narrow = tensor == 1 and c < FLOAT32
+    if narrow and _fits_a_tile(mixer):
+        pass
+    elif narrow and _fits_a_program(N, int(E / S)):
+        kept += c * 2 * E * N / TILE
+    else:
         kept += c * (k + 2) * X + 2 * 8 * S + 2 * c * 2 * E + FLOAT32 * 2 * E + (k - 1)
     return Kept(kept, projected + c * 2 * GD)
 
@@ -151,7 +162,7 @@ def _inputs(n: int, d: int, c: int) -> int:
     return FLOAT32 * d if c == FLOAT32 else n * c * d
 
 
-def _one_kernel(mixer: AttambaMixer, c: int) -> bool:
+def _fits_a_tile(mixer: AttambaMixer) -> bool:
     longest = make_boundary(
         mixer.boundary,
         chunk_size=mixer.chunk_size,
@@ -160,5 +171,9 @@ def _one_kernel(mixer: AttambaMixer, c: int) -> bool:
         n_kv_heads=mixer.n_kv_heads or mixer.n_heads,
         sink=mixer.sink,
     ).longest
-    fits = longest is not None and longest <= LARGEST_TILE
-    return c < FLOAT32 and mixer.ssm_scope == "chunk" and fits
+    return mixer.ssm_scope == "chunk" and longest is not None and longest <= LARGEST_TILE
+
+
+def _fits_a_program(*sides: int) -> bool:
+    filled = (max(16, 2 ** (side - 1).bit_length()) for side in sides)
+    return math.prod(filled) <= LARGEST_STATE

@@ -41,7 +41,10 @@ def compress(
         mask: bool [B, T], False on padding, which leaves the state as it is; None for none.
         longest: no chunk is longer than this (see Boundary.longest), which lets whole chunks be
             computed on their own. A promise that is not checked. None where nothing is known.
-        backend: see attamba.ops. State and decays are float32 in all of them.
+        backend: see attamba.ops. State and decays are float32 in all of them. Triton is one kernel
+            each way where chunks of 16-bit numbers fit a tile, and a few kernels that pass states
+            between tiles where they do not; in float32, with a mask, or with states too large for
+            a program it is chunk_scan in Triton, and PyTorch for the rest.
 
     Returns y of K and y of V, each [B, T, E] in proj's dtype. Raises ValueError where shapes
     disagree.
@@ -53,13 +56,21 @@ def compress(
     if chosen == "reference":
         y_k, y_v = compress_reference(*inputs, mask).chunk(2, -1)
         return y_k, y_v
-    if chosen == "triton" and longest is not None and mask is None and proj.numel() > 0:
+    if chosen == "triton" and mask is None and proj.numel() > 0:
+        from attamba.ops.compress.scan.triton import compress_scan, passes_states
         from attamba.ops.compress.triton import compress_triton, fits_a_tile
 
-        if fits_a_tile(longest, proj.dtype):
+        if longest is not None and fits_a_tile(longest, proj.dtype):
             return compress_triton(*inputs, longest)
+        if passes_states(proj.dtype, state_dim, _inner(proj, A, state_dim) // A.shape[1]):
+            return compress_scan(*inputs)
     y_k, y_v = compress_torch(*inputs, mask, scan=chosen).chunk(2, -1)
     return y_k, y_v
+
+
+def _inner(proj: Tensor, A: Tensor, state_dim: int) -> int:
+    """E, of the columns 4E + 4N + 2S."""
+    return (proj.shape[-1] - 4 * state_dim - 2 * A.shape[-1]) // 4
 
 
 def _check(
@@ -74,8 +85,7 @@ def _check(
     longest: int | None,
 ) -> None:
     batch, seq, width = proj.shape
-    heads = A.shape[-1]
-    inner = (width - 4 * state_dim - 2 * heads) // 4
+    heads, inner = A.shape[-1], _inner(proj, A, state_dim)
     if 4 * inner + 4 * state_dim + 2 * heads != width or inner < heads or inner % heads:
         raise ValueError(
             f"proj has {width} columns, which are not 4E + 4N + 2S with N={state_dim}, S={heads} "

@@ -24,7 +24,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _half(kv, of_k, of_v):
+def one_of(kv, of_k, of_v):
     """One compressor's array."""
     array = of_k
     if kv == 1:
@@ -80,7 +80,7 @@ def _softplus(raw):
 
 
 @triton.jit
-def _steps(raw, A, dt_bias, ok, head, S: tl.constexpr):
+def head_steps(raw, A, dt_bias, ok, head, S: tl.constexpr):
     """Of all heads, float32 [Q, SP]: dt's argument, dt, and the running sum of log2 a_t."""
     exists = ok[:, None] & (head < S)[None, :]
     bias = tl.load(dt_bias + head, mask=head < S, other=0.0).to(tl.float32)
@@ -112,7 +112,7 @@ def compress_forward_kernel(
 ):  # fmt: skip
     """y_k and y_v [B*T, E], the norm's factors rstd [B*T, 2]. See compress for the inputs."""
     kv = tl.program_id(0)
-    y = _half(kv, y_k, y_v)
+    y = one_of(kv, y_k, y_v)
     batch = tl.program_id(2)
     starts += batch.to(tl.int64) * starts_stride
     begin = _first_start(starts, tl.program_id(1) * span, seq, Q)
@@ -148,7 +148,7 @@ def compress_forward_kernel(
 
         exists = columns(ok, w, W, WP)
         raw = here + (4 * E + 4 * N + kv * S) + (at + heads[None, :])
-        _, dts, cums = _steps(raw, A + kv * S, dt_bias + kv * S, ok, heads, S)
+        _, dts, cums = head_steps(raw, A + kv * S, dt_bias + kv * S, ok, heads, S)
         squares = tl.zeros([Q, WP], tl.float32)
         out = y + token * E + (row[:, None] * E + w[None, :])
         z_at = here + kv * E + (at + w[None, :])
@@ -223,7 +223,7 @@ def compress_backward_kernel(
     proj and of dproj.
     """
     kv = tl.program_id(0)
-    y, dy = _half(kv, y_k, y_v), _half(kv, dy_k, dy_v)
+    y, dy = one_of(kv, y_k, y_v), one_of(kv, dy_k, dy_v)
     batch = tl.program_id(2)
     program = (batch * tl.num_programs(1) + tl.program_id(1)) * 2 + kv
     PER_TAP: tl.constexpr = E + 2 * N
@@ -277,7 +277,7 @@ def compress_backward_kernel(
         dscores = tl.zeros([Q, Q], tl.float32)
 
         steps = (4 * E + 4 * N + kv * S) + heads[None, :]
-        raw, dts, cums = _steps(here + (at + steps), A + kv * S, dt_bias + kv * S, ok, heads, S)
+        raw, dts, cums = head_steps(here + (at + steps), A + kv * S, dt_bias + kv * S, ok, heads, S)
         dsteps = tl.zeros([Q, SP], tl.float32)
         dcums = tl.zeros([Q, SP], tl.float32)
         z_at = at + kv * E + w[None, :]

@@ -83,7 +83,7 @@ def compress_forward(
     plan = _Plan.make(proj, conv_weight, A, state_dim, longest)
     launch = FORWARD[plan.tile]
     span, grid = plan.spans(launch)
-    proj, starts, starts_stride = _rows(proj), *_flags(starts)
+    proj, starts, starts_stride = even_rows(proj), *flags(starts)
     compress_forward_kernel[grid](
         proj, *(t.contiguous() for t in (conv_weight, A, dt_bias, D)), starts, y_k, y_v, rstd,
         plan.seq, span, starts_stride, proj.stride(1), eps,
@@ -133,7 +133,7 @@ def compress_backward(
     launch = BACKWARD[plan.tile]
     span, grid = plan.spans(launch)
     programs = grid[1] * plan.batch
-    proj, starts, starts_stride = _rows(proj), *_flags(starts)
+    proj, starts, starts_stride = even_rows(proj), *flags(starts)
     dproj = proj.new_empty(proj.shape)
     channels = plan.inner + 2 * state_dim
     dweight = proj.new_zeros(programs, 2, plan.taps, channels, dtype=torch.float32)
@@ -215,7 +215,7 @@ class _Plan:
             state_dim=state_dim,
             taps=taps,
             tile=max(min(FORWARD), triton.next_power_of_2(longest)),
-            processors=_processors(proj.device),
+            processors=processors_of(proj.device),
             exact=proj.dtype == torch.float32,
         )
 
@@ -249,20 +249,20 @@ class _Plan:
         }
 
 
-def _rows(t: Tensor) -> Tensor:
+def even_rows(t: Tensor) -> Tensor:
     """[B, T, C] whose tokens are evenly spaced in memory, over rows too."""
     even = t.stride(2) == 1 and (t.shape[0] == 1 or t.stride(0) == t.shape[1] * t.stride(1))
     return t if even else t.contiguous()
 
 
-def _flags(starts: Tensor) -> tuple[Tensor, int]:
+def flags(starts: Tensor) -> tuple[Tensor, int]:
     """bool [B or 1, T] as bytes, and the distance between rows (0 where they are one)."""
     starts = starts.contiguous().view(torch.uint8)
     return starts, starts.shape[1] if starts.shape[0] > 1 else 0
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors_of(device: torch.device) -> int:
     """Multiprocessors of a GPU; a few for Triton's interpreter."""
     if device.type != "cuda":
         return 1

@@ -1,0 +1,1 @@
+"""Gradients of the compressors where states pass between tiles."""
