@@ -12,7 +12,6 @@ train.dtype=bfloat16). With tensor parallelism H, G, E, S, f and C are a rank's 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from attamba.config import ModelConfig
@@ -29,11 +28,11 @@ from attamba.models.mixer_costs import head_dim, kv_width
 from attamba.ops.chunking import make_boundary
 
 FLOAT32 = 4
-LARGEST_TILE = 64
+LARGEST_TILE = 16
 """Chunks up to this length are compressed by one kernel in 16 bits; see ops.compress.triton."""
-TILE, LARGEST_STATE = 64, 4096
-"""Where states pass in 16 bits: tokens for each state that is kept, and its most numbers, both
-sides filled up to a power of two; see ops.compress.scan.triton."""
+TILE, LARGEST_SIDE = 64, 64
+"""Where states pass in 16 bits: tokens for each state that is kept, and the most that N and a
+head's width may be; see ops.compress.scan.triton."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def compressor_keeps(mixer: AttambaMixer, d: int, c: int, tensor: int = 1) -> Ke
     narrow = tensor == 1 and c < FLOAT32
     if narrow and _fits_a_tile(mixer):
         pass
-    elif narrow and _fits_a_program(N, int(E / S)):
+    elif narrow and max(N, E / S) <= LARGEST_SIDE:
         kept += c * 2 * E * N / TILE
     else:
         kept += c * (k + 2) * X + 2 * 8 * S + 2 * c * 2 * E + FLOAT32 * 2 * E + (k - 1)
@@ -172,8 +171,3 @@ def _fits_a_tile(mixer: AttambaMixer) -> bool:
         sink=mixer.sink,
     ).longest
     return mixer.ssm_scope == "chunk" and longest is not None and longest <= LARGEST_TILE
-
-
-def _fits_a_program(*sides: int) -> bool:
-    filled = (max(16, 2 ** (side - 1).bit_length()) for side in sides)
-    return math.prod(filled) <= LARGEST_STATE

@@ -35,7 +35,7 @@ def _poison(monkeypatch):
     """
     monkeypatch.setattr(import_module("attamba.ops.chunk_scan.triton"), "GROUP", 2)
     module = import_module("attamba.ops.compress.triton")
-    monkeypatch.setattr(module, "fits_a_tile", lambda longest, dtype: longest <= 64)
+    monkeypatch.setattr(module, "fits_a_tile", lambda longest, dtype: longest <= 16)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -55,7 +55,7 @@ def test_short_chunks(seq, chunk_size):
     check(inputs, chunk_starts(seq, chunk_size, 2, packed=chunk_size > 1), longest=chunk_size)
 
 
-@pytest.mark.parametrize("longest", [20, 64])
+@pytest.mark.parametrize("longest", [13, 16])
 def test_a_chunk_in_a_tile_of_its_own(longest):
     inputs = compress_inputs(100, 1, 1, dtype=torch.float16)
     check(inputs, chunk_starts(100, longest), bound=1e-2, longest=longest)
@@ -134,7 +134,7 @@ def test_operators_keep_their_promises():
     from attamba.ops.compress.triton import compress_forward
 
     leaves = {n: t.requires_grad_() for n, t in compress_inputs(9, 1).items()}
-    torch.library.opcheck(compress_forward, (*leaves.values(), chunk_starts(9, 4), 8, 1e-5, 4))
+    torch.library.opcheck(compress_forward, (*leaves.values(), chunk_starts(9, 4), 8, 1e-5))
     leaves = {n: t.requires_grad_() for n, t in scan_inputs(9, 1).items()}
     state, D = leaves.pop("initial_state"), leaves.pop("D")
     torch.library.opcheck(scan_forward, (*leaves.values(), chunk_starts(9, 4), D, state))

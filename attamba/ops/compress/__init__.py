@@ -61,7 +61,7 @@ def compress(
         from attamba.ops.compress.triton import compress_triton, fits_a_tile
 
         if longest is not None and fits_a_tile(longest, proj.dtype):
-            return compress_triton(*inputs, longest)
+            return compress_triton(*inputs)
         if passes_states(proj.dtype, state_dim, _inner(proj, A, state_dim) // A.shape[1]):
             return compress_scan(*inputs)
     y_k, y_v = compress_torch(*inputs, mask, scan=chosen).chunk(2, -1)

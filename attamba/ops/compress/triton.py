@@ -27,21 +27,22 @@ class Launch(NamedTuple):
     programs: int
 
 
-FORWARD = {16: Launch(1, 168, 64), 32: Launch(1, 255, 8), 64: Launch(4, 255, 4)}
-"""By the tokens of a tile, Q; a chunk must fit one."""
-BACKWARD = {16: Launch(1, 255, 16), 32: Launch(2, 255, 4), 64: Launch(4, 255, 2)}
-"""Not every number of warps is right: compiled by Triton 3.6 for compute capability 9.0, tiles of
-16 tokens give wrong gradients with two warps, in every dtype. One and four agree to the bit in 16
-bits. The GPU tests hold each row against PyTorch: run them after a change."""
+TILE = 16
+"""Tokens of a tile; a chunk must fit one. Longer ones are faster where states pass, see scan."""
+
+FORWARD, BACKWARD = Launch(1, 168, 64), Launch(1, 255, 16)
+"""Not every number of warps is right: compiled by Triton 3.6 for compute capability 9.0, two give
+wrong gradients, in every dtype. One and four agree to the bit in 16 bits. Run the GPU tests after a
+change."""
 
 
 def fits_a_tile(longest: int, dtype: torch.dtype) -> bool:
     """Are chunks of `longest` tokens computed on their own, with no states passed?
 
     Not in float32, which goes through the scan with states: there one warp too gives a wrong
-    gradient (see BACKWARD), and exact products of larger tiles take a minute to compile.
+    gradient (see BACKWARD).
     """
-    return dtype != torch.float32 and longest <= max(FORWARD)
+    return dtype != torch.float32 and longest <= TILE
 
 
 def compress_triton(
@@ -53,12 +54,9 @@ def compress_triton(
     starts: Tensor,
     state_dim: int,
     eps: float,
-    longest: int,
 ) -> tuple[Tensor, Tensor]:
-    """See compress; starts is [B or 1, T], and `longest` fits a tile."""
-    y_k, y_v, _ = compress_forward(
-        proj, conv_weight, A, dt_bias, D, starts, state_dim, eps, longest
-    )
+    """See compress; starts is [B or 1, T], and every chunk fits a tile."""
+    y_k, y_v, _ = compress_forward(proj, conv_weight, A, dt_bias, D, starts, state_dim, eps)
     return y_k, y_v
 
 
@@ -76,18 +74,16 @@ def compress_forward(
     starts: Tensor,
     state_dim: int,
     eps: float,
-    longest: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y_k and y_v [B, T, E], and the norm's factors, float32 [B, T, 2]."""
-    y_k, y_v, rstd = _outputs(proj, conv_weight, A, dt_bias, D, starts, state_dim, eps, longest)
-    plan = _Plan.make(proj, conv_weight, A, state_dim, longest)
-    launch = FORWARD[plan.tile]
-    span, grid = plan.spans(launch)
+    y_k, y_v, rstd = _outputs(proj, conv_weight, A, dt_bias, D, starts, state_dim, eps)
+    plan = _Plan.make(proj, conv_weight, A, state_dim)
+    span, grid = plan.spans(FORWARD)
     proj, starts, starts_stride = even_rows(proj), *flags(starts)
     compress_forward_kernel[grid](
         proj, *(t.contiguous() for t in (conv_weight, A, dt_bias, D)), starts, y_k, y_v, rstd,
         plan.seq, span, starts_stride, proj.stride(1), eps,
-        **plan.constants(), EP=triton.next_power_of_2(plan.inner), **plan.options(launch),
+        **plan.constants(), EP=triton.next_power_of_2(plan.inner), **plan.options(FORWARD),
     )  # fmt: skip
     return y_k, y_v, rstd
 
@@ -102,7 +98,6 @@ def _outputs(
     starts: Tensor,
     state_dim: int,
     eps: float,
-    longest: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, seq, _ = proj.shape
     inner = conv_weight.shape[0] // 2 - 2 * state_dim
@@ -126,12 +121,10 @@ def compress_backward(
     y_v: Tensor,
     rstd: Tensor,
     state_dim: int,
-    longest: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of proj, of conv_weight, and of A, dt_bias and D, float32 [3, 2, S]."""
-    plan = _Plan.make(proj, conv_weight, A, state_dim, longest)
-    launch = BACKWARD[plan.tile]
-    span, grid = plan.spans(launch)
+    plan = _Plan.make(proj, conv_weight, A, state_dim)
+    span, grid = plan.spans(BACKWARD)
     programs = grid[1] * plan.batch
     proj, starts, starts_stride = even_rows(proj), *flags(starts)
     dproj = proj.new_empty(proj.shape)
@@ -142,7 +135,7 @@ def compress_backward(
         proj, *(t.contiguous() for t in (conv_weight, A, dt_bias, D)), starts,
         *(t.contiguous() for t in (y_k, y_v, rstd, dy_k, dy_v)), dproj, dweight, dscalars,
         plan.seq, span, starts_stride, proj.stride(1), dproj.stride(1),
-        **plan.constants(), **plan.options(launch),
+        **plan.constants(), **plan.options(BACKWARD),
     )  # fmt: skip
     parts = dweight.sum(0).transpose(1, 2).split([plan.inner, state_dim, state_dim], 1)
     dconv = torch.cat([part.flatten(0, 1) for part in parts])
@@ -163,7 +156,6 @@ def _gradients(
     y_v: Tensor,
     rstd: Tensor,
     state_dim: int,
-    longest: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dproj = proj.new_empty(proj.shape)
     dconv = conv_weight.new_empty(conv_weight.shape)
@@ -171,18 +163,16 @@ def _gradients(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, state_dim, _, longest = inputs
+    *tensors, state_dim, _ = inputs
     ctx.save_for_backward(*tensors, *output)
-    ctx.state_dim, ctx.longest = state_dim, longest
+    ctx.state_dim = state_dim
 
 
 def _backward(ctx: Any, dy_k: Tensor, dy_v: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    dproj, dconv, dscalars = compress_backward(
-        dy_k, dy_v, *ctx.saved_tensors, ctx.state_dim, ctx.longest
-    )
+    dproj, dconv, dscalars = compress_backward(dy_k, dy_v, *ctx.saved_tensors, ctx.state_dim)
     _, _, A, dt_bias, D, *_ = ctx.saved_tensors
     dA, dbias, dD = (g.to(t.dtype) for g, t in zip(dscalars.unbind(0), (A, dt_bias, D)))
-    return dproj, dconv, dA, dbias, dD, None, None, None, None
+    return dproj, dconv, dA, dbias, dD, None, None, None
 
 
 compress_forward.register_autograd(_backward, setup_context=_save)
@@ -198,14 +188,11 @@ class _Plan:
     heads: int
     state_dim: int
     taps: int
-    tile: int
     processors: int
     exact: bool
 
     @classmethod
-    def make(
-        cls, proj: Tensor, conv_weight: Tensor, A: Tensor, state_dim: int, longest: int
-    ) -> "_Plan":
+    def make(cls, proj: Tensor, conv_weight: Tensor, A: Tensor, state_dim: int) -> "_Plan":
         channels, taps = conv_weight.shape
         return cls(
             batch=proj.shape[0],
@@ -214,7 +201,6 @@ class _Plan:
             heads=A.shape[1],
             state_dim=state_dim,
             taps=taps,
-            tile=max(min(FORWARD), triton.next_power_of_2(longest)),
             processors=processors_of(proj.device),
             exact=proj.dtype == torch.float32,
         )
@@ -222,8 +208,8 @@ class _Plan:
     def spans(self, launch: Launch) -> tuple[int, tuple[int, int, int]]:
         """Tokens of a row that one program owns, and the grid."""
         wanted = -(-self.processors * launch.programs // (2 * self.batch))
-        tiles = -(-self.seq // (wanted * self.tile))  # whole ones: a part takes as long
-        span = max(tiles, 1) * self.tile
+        tiles = -(-self.seq // (wanted * TILE))  # whole ones: a part takes as long
+        span = max(tiles, 1) * TILE
         return span, (2, -(-self.seq // span), self.batch)
 
     def options(self, launch: Launch) -> dict[str, int]:
@@ -240,7 +226,7 @@ class _Plan:
             "N": self.state_dim,
             "W": width,
             "TAPS": self.taps,
-            "Q": self.tile,
+            "Q": TILE,
             "NP": max(16, triton.next_power_of_2(self.state_dim)),
             "WP": max(16, triton.next_power_of_2(width)),
             "SP": triton.next_power_of_2(self.heads),

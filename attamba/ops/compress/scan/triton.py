@@ -38,16 +38,17 @@ PROGRAMS, SHORTEST = 8, 2
 """Rows are cut into segments until there are about so many programs for each multiprocessor; and
 the tiles of a segment, of which fewer are not worth the second reading."""
 
-LARGEST_STATE = 4096
-"""Numbers of a head's state, N times W, each filled up to a power of two: a program holds them."""
+LARGEST_SIDE = 64
+"""N and W of a head's state, which a program holds, may be so much. A state of 128 x 16 gave wrong
+outputs, compiled by Triton 3.6 for compute capability 9.0, and right ones in its interpreter."""
 
 LAUNCHES = {
     "shared_inputs": Launch(4, 96),
-    "segment_states": Launch(4, 96),
-    "segment_outputs": Launch(4, 168),
+    "segment_states": Launch(4, 128),
+    "segment_outputs": Launch(4, 128),
     "normalise": Launch(4),
     "gradient_along": Launch(4),
-    "segment_gradients": Launch(4, 168),
+    "segment_gradients": Launch(4, 96),
     "scan_gradients": Launch(4),
     "step_gradients": Launch(4),
     "sum_heads": Launch(4, 128),
@@ -58,7 +59,7 @@ LAUNCHES = {
 SHARED_COLUMNS = 64
 """Columns of B and C that a program takes at once."""
 
-COLUMNS, ROWS, SPAN = 128, 16, 512
+COLUMNS, ROWS, SPAN = 128, 16, 256
 """What a program takes of the convolution's gradient: columns, and tokens, at once and in all."""
 
 
@@ -68,7 +69,7 @@ def passes_states(dtype: torch.dtype, state_dim: int, width: int) -> bool:
     Not in float32, whose exact products take long to compile in tiles of this size, see
     fits_a_tile: it goes through chunk_scan, in smaller ones.
     """
-    return dtype != torch.float32 and _filled(state_dim) * _filled(width) <= LARGEST_STATE
+    return dtype != torch.float32 and max(state_dim, width) <= LARGEST_SIDE
 
 
 def compress_scan(
