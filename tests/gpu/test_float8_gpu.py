@@ -28,7 +28,8 @@ MIXERS: dict[str, Any] = {
 TREE: dict[str, Any] = {
     "model": {"dim": 256, "n_layers": 2, "mixer": ATTAMBA},
     "data": {"seq_len": 128, "batch_size": 8, "valid_fraction": 0.1},
-    "optim": {"warmup_steps": 4},
+    # A rate at which losses fall smoothly: rounding alone turns a wild curve into another.
+    "optim": {"lr": 3e-4, "warmup_steps": 4},
     "train": {"steps": 24, "device": "cuda", "dtype": "bfloat16", "log_every": 1, "eval_rows": 4},
 }
 
@@ -98,7 +99,7 @@ def test_training_follows_bfloat16(make_config, recipe, compiled, mixer):
         losses.append([r["loss"] for r in records if r["kind"] == "train"])
     plain, float8 = losses
     assert float8 != plain and float8[-1] < 0.8 * float8[0]
-    assert float8 == pytest.approx(plain, rel=0.05, abs=0.1), (float8, plain)
+    assert float8 == pytest.approx(plain, rel=0.05), (float8, plain)
 
 
 @pytest.mark.parametrize("kind", ["selective", "full"])

@@ -99,7 +99,9 @@ def test_one_truth_left_padded(name, dtype):
     whole = model(padded, attention_mask=mask, **at(padded_ends))
     for out in (whole, torch.cat(cached, 1)):
         for row, n in enumerate(real):
-            agree(out[row, SEQ - n :], full[row, :n], f"row of {n}")
+            # Padded rows go through other kernels, which round elsewhere in 16 bits.
+            bound = None if dtype == torch.float32 else 1.5 * BOUNDS[dtype]
+            agree(out[row, SEQ - n :], full[row, :n], f"row of {n}", bound)
 
 
 @every_mixer

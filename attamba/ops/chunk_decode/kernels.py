@@ -104,6 +104,7 @@ def attend_step_kernel(
     DOT: tl.constexpr,
     SHARE: tl.constexpr,
     OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One key/value head of one row, a share of the entries, SHARE or more. The last program to
     finish adds the new token and the entry that it pushes out, writes both, and reduces.
@@ -112,9 +113,12 @@ def attend_step_kernel(
     held is read beside the kernels that make it: queries must have been made before compress_step
     (which lets nobody start before all that precedes it has ended).
     """
-    let_successor_start(OVERLAP)
+    if EARLY:
+        let_successor_start(OVERLAP)
     if not MORE:
         wait_for_predecessor(OVERLAP)
+        if not EARLY:
+            let_successor_start(OVERLAP)
     bh = tl.program_id(0)
     split = tl.program_id(1)
     b = bh // G
@@ -187,6 +191,8 @@ def attend_step_kernel(
 
         if MORE:
             wait_for_predecessor(OVERLAP)
+            if not EARLY:
+                let_successor_start(OVERLAP)
         # partial: [B*G, SPLITS, M, DP + 2]
         width: tl.constexpr = DP + 2
         before = n_splits - 1

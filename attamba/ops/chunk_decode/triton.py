@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attamba.ops.backends import overlaps
+from attamba.ops.backends import overlaps, starts_early
 from attamba.ops.chunk_decode import kernels
 from attamba.ops.chunk_decode.blocks import PAGE
 from attamba.ops.chunk_decode.compress import CompressorWeights
@@ -141,6 +141,7 @@ def _attend_step(
         DOT=tile.queries > 1,
         SHARE=tile.share,
         OVERLAP=overlap,
+        EARLY=starts_early(batch),
         num_warps=tile.warps,
         num_stages=tile.stages,
         **({"launch_pdl": True} if overlap else {}),

@@ -17,6 +17,20 @@ BLOCK, GROUP = 64, 16
 """Elements of a state that one program passes along, and the tiles that it takes at once."""
 
 
+FOUR_WARPS = 2048
+"""Numbers of a state that a program of four warps takes; more are for eight."""
+
+
+def is_right(dtype: torch.dtype, state_dim: int, width: int) -> bool:
+    """Do the kernels compute states [state_dim, width] correctly?
+
+    In 16 bits, compiled by Triton 3.6 for compute capability 9.0, four warps gave wrong gradients
+    of states of 128 x 16, where eight are right for 128 x 64, and Triton's interpreter for both.
+    """
+    narrow = max(state_dim, width) > 64 and state_dim * width <= FOUR_WARPS
+    return dtype == torch.float32 or not narrow
+
+
 def chunk_scan_triton(
     x: Tensor,
     dt: Tensor,
@@ -168,7 +182,7 @@ class _Call:
             "WP": max(16, triton.next_power_of_2(width)),
             "PRECISION": "ieee" if exact else "tf32",
         }
-        self.warps = 4 if state_dim * width <= 2048 else 8
+        self.warps = 4 if state_dim * width <= FOUR_WARPS else 8
         self.decays = self.x.new_empty(batch, tiles, heads, dtype=torch.float32)
 
     @property

@@ -65,10 +65,12 @@ def thin_linear_kernel(
     N: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, GATE: tl.constexpr,
     RESIDUAL: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """out [R, P, N]. weight: [P, N, K], or [P, 2N, K] with GATE. KEEP: the first program of
     each row stores the normed x [R, K] as kept_x (P is 1)."""
-    let_successor_start(OVERLAP)
+    if EARLY:
+        let_successor_start(OVERLAP)
     part = tl.program_id(1)
     parts = tl.num_programs(1)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -84,6 +86,8 @@ def thin_linear_kernel(
     if GATE:
         w_up = _weights(weight + N * K, 0, n, k, K, N)
     wait_for_predecessor(OVERLAP)
+    if not EARLY:
+        let_successor_start(OVERLAP)
 
     exists = live[:, None] & (n < N)[None, :]
     total = tl.zeros([BR, BN], tl.float32)

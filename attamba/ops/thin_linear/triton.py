@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from attamba.ops.backends import overlaps
+from attamba.ops.backends import overlaps, starts_early
 from attamba.ops.layout import last_dense
 from attamba.ops.thin_linear.kernels import thin_linear_kernel
 
@@ -122,6 +122,7 @@ def _launch(
         RESIDUAL=residual is not None,
         PRECISION="ieee" if weight.dtype == torch.float32 else "tf32",
         OVERLAP=overlap,
+        EARLY=starts_early(rows),
         num_warps=tile.warps,
         num_stages=1,
         **({"launch_pdl": True} if overlap else {}),
