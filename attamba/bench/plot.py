@@ -35,10 +35,21 @@ def panels(record: dict[str, Any]) -> list[Panel]:
     return list(_PANELS[record["benchmark"]](record))
 
 
+def joined(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of one benchmark, device and setting, but for the repeats, as one record each."""
+    by_kind: dict[str, dict[str, Any]] = {}
+    for record in records:
+        settings = {**record["settings"], "repeats": None}
+        kind = json.dumps([record["benchmark"], settings, record["environment"]["device"]])
+        first = by_kind.setdefault(kind, {**record, "rows": []})
+        first["rows"] = sorted([*first["rows"], *record["rows"]], key=lambda row: row["length"])
+    return list(by_kind.values())
+
+
 def draw(records: list[dict[str, Any]], path: Path) -> None:
     """All panels of all records side by side; the ending of `path` chooses the format."""
     plt = pyplot()
-    found = [panel for record in records for panel in panels(record)]
+    found = [panel for record in joined(records) for panel in panels(record)]
     rows = -(-len(found) // 2)
     with plt.rc_context({"svg.hashsalt": "attamba", "font.size": 9}):
         figure, axes = plt.subplots(rows, 2, figsize=(9, 3.4 * rows), squeeze=False)

@@ -85,10 +85,15 @@ def test_results_as_a_picture(tmp_path):
         contenders = ("cyclic", "head_cyclic", "transformer")
         rows.append({n: {"step_ms": length / 2, "peak_bytes": 2**30} for n in contenders})
         rows[-1] |= {"length": length, "batch_size": 1}
-    record = {"benchmark": "train_gpu", "settings": {}, "rows": rows}
+    card = {"benchmark": "train_gpu", "environment": {"device": "a card"}}
+    record = card | {"settings": {"dim": 8, "repeats": 2}, "rows": rows}
     time, memory = plot.panels(record)
     assert time.curves[0].x == [1024, 8192] and time.curves[0].y == [512.0, 4096.0]
     assert [c.name for c in memory.curves] == list(train_gpu.CONTENDERS)
     plot.draw([record], tmp_path / "out.svg")
     text = (tmp_path / "out.svg").read_text()
     assert text.startswith("<?xml") and text.count('<g id="axes_') == 2
+    longer = record | {"settings": {"dim": 8, "repeats": 3}, "rows": [rows[0] | {"length": 512}]}
+    assert [r["length"] for r in plot.joined([record, longer])[0]["rows"]] == [512, 1024, 8192]
+    elsewhere = longer | {"environment": {"device": "another"}}
+    assert len(plot.joined([record, elsewhere])) == 2
