@@ -302,6 +302,6 @@ def test_every_mesh(torchao, make_config, recipe):
             for key, tensor in plain.items():
                 error = (found[key] - tensor).norm() / tensor.norm()
                 # Gradients of rates and gains are small, and this rounding is much in them.
-                assert error < 0.4 or not key.endswith(LINEAR), (mesh, key, error)
+                assert error < 0.5 or not key.endswith(LINEAR), (mesh, key, error)
             whole = [torch.cat([g[key].flatten() for key in plain]) for g in (plain, found)]
             assert 0.02 < (whole[1] - whole[0]).norm() / whole[0].norm() < 0.2, mesh

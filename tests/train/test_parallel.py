@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attamba.config import ConfigError, RunConfig
 from attamba.data import UNSCORED, Batch
-from attamba.train import TrainingDiverged, train
+from attamba.train import TrainingDiverged, losses, train
 from attamba.train.distributed import Ranks, mesh_sizes, open_ranks
 from attamba.train.optim import local
 from attamba.train.run import Run
@@ -109,7 +109,7 @@ def saved_bytes(config: RunConfig) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = run._loss_sum(run.sources.train.batch(0))
+        loss = run._loss_sum(losses.on_device(run.sources.train.batch(0), CPU))
     loss.backward()
     return sum(held.values())
 
@@ -139,7 +139,7 @@ def test_selective_does_not_multiply_again(make_parallel):
     for kind in ("none", "selective", "full"):
         config = make_parallel({"parallel.activation_checkpointing": kind})
         run = unequal(config, Ranks(CPU))
-        loss = run._loss_sum(run.sources.train.batch(0))
+        loss = run._loss_sum(losses.on_device(run.sources.train.batch(0), CPU))
         with Products() as products:
             loss.backward()
         counts.append(products.n)
