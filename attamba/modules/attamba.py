@@ -226,7 +226,7 @@ class ChunkAttention(TimeMixer):
         if isinstance(self.compressors, MeanPooling):
             return self._direct(self.compressors(u, starts, span, state)[:, own])
         k, v = self.compressors(u, starts, span, state, longest)
-        # Under autocast as the products' inputs are: a float32 u would be kept beside them.
+        # Under autocast as the products' inputs are, so that one u is read, not a float32 one too.
         k_direct, v_direct = self._direct(x.to(k.dtype))
         return k_direct + k[:, own], v_direct + v[:, own]
 
