@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from waiting import assert_steps_do_not_wait
 
 from attamba.config import RunConfig, apply_overrides, from_dict
 from attamba.models import build_model
 from attamba.train import train
 from attamba.train.float8 import CAPABILITY, use_float8
-from attamba.train.loop import open_loop
 
 pytest.importorskip("torchao.float8")
 if torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY:
@@ -116,14 +116,4 @@ def test_activations_can_be_computed_anew(make_config, kind):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_step_does_not_wait_for_the_device(make_config, compiled):
     change = {"train.compile": compiled, "train.float8": "tensorwise"}
-    with open_loop(make_config(change, out="run")) as loop:
-        for _ in range(3):
-            loop.run.take_step()  # compiles, and makes the optimizer's state
-        loop.run.read()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for _ in range(3):
-                loop.run.take_step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        assert loop.run.read()["skipped"] == 0
+    assert_steps_do_not_wait(make_config(change, out="run"))

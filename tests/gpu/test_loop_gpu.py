@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from waiting import assert_steps_do_not_wait
 
 from attamba.config import RunConfig, apply_overrides, from_dict
 from attamba.train import train
-from attamba.train.loop import open_loop
 from attamba.train.phases import PHASES, Phases
 from attamba.train.run import Run
 
@@ -45,17 +45,7 @@ def make_config(tmp_path):
 @pytest.mark.parametrize("threshold", [None, 10.0])
 def test_a_step_does_not_wait_for_the_device(make_config, compiled, threshold):
     change = {"train.compile": compiled, "spikes.threshold": threshold, "train.accumulate": 2}
-    with open_loop(make_config(change)) as loop:
-        for _ in range(3):
-            loop.run.take_step()  # compiles, and makes the optimizer's state
-        loop.run.read()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for _ in range(3):
-                loop.run.take_step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        assert loop.run.read()["skipped"] == 0
+    assert_steps_do_not_wait(make_config(change))
 
 
 MIXERS: dict[str, Any] = {

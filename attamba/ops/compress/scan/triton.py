@@ -187,19 +187,7 @@ def scan_backward(
 
 @scan_backward.register_fake
 def _gradients(
-    dy_k: Tensor,
-    dy_v: Tensor,
-    proj: Tensor,
-    conv_weight: Tensor,
-    A: Tensor,
-    dt_bias: Tensor,
-    D: Tensor,
-    starts: Tensor,
-    y_k: Tensor,
-    y_v: Tensor,
-    rstd: Tensor,
-    states: Tensor,
-    state_dim: int,
+    dy_k: Tensor, dy_v: Tensor, proj: Tensor, conv_weight: Tensor, A: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     dproj = proj.new_empty(proj.shape)
     dconv = conv_weight.new_empty(conv_weight.shape)
