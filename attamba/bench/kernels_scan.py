@@ -131,8 +131,9 @@ def _contenders(
 
         return operator
 
-    yield "triton", ours("triton") if longest else torch.compile(ours("triton"))
-    if (batch, seq) == SIZES[0]:  # it takes a minute to compile, and does not depend on the size
+    yield "triton", ours("triton")
+    if scope == "chunk" and (batch, seq) == SIZES[0]:
+        # It takes a minute to compile (longer where states pass), and depends little on the size.
         yield "torch, compiled", torch.compile(ours("torch"))
     if find_spec("fla") is not None and scope == "sequence":
         yield "flash-linear-attention, scan alone", _library_scan(device, sizes, batch, seq)

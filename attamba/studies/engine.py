@@ -83,6 +83,7 @@ class Outcome:
 def run_all(runs: list[Run], place: Place, *, jobs: int = 1, say: Say = print) -> list[Outcome]:
     """Work on every run, `jobs` at a time, and say what became of each.
 
+    Several jobs on device "cuda" or "auto" are spread over the CUDA devices that there are.
     A run that cannot be (its configuration, its data, the device's memory) fails alone; the others
     go on. Raises KeyboardInterrupt after Ctrl-C, when what was running has saved.
     """
@@ -100,12 +101,25 @@ def _each(runs: list[Run], place: Place, jobs: int) -> Iterator[Outcome]:
         return
     # Forked processes cannot use a CUDA device that this one has touched.
     context = multiprocessing.get_context("spawn")
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    begun = context.Value("i", 0)
     with ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)
+        jobs, mp_context=context, initializer=_settle, initargs=(jobs, begun)
     ) as pool:
         for future in as_completed([pool.submit(work_on, run, place) for run in runs]):
             yield future.result()
+
+
+def _settle(jobs: int, begun: Any) -> None:
+    """A process of `jobs` takes its share of the CPU's threads, and the next CUDA device in turn.
+
+    begun: how many processes came before, shared by all.
+    """
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    with begun.get_lock():
+        place = begun.value
+        begun.value += 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place % torch.cuda.device_count())
 
 
 def work_on(run: Run, place: Place) -> Outcome:

@@ -48,8 +48,20 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(checkpoint, tmp_path_factory):
     """(url, model) of `attamba serve` in a process of its own, until the tests are done."""
-    port = free_port()
-    log = tmp_path_factory.mktemp("home") / "log.txt"
+    for attempt in range(3):
+        log = tmp_path_factory.mktemp("home") / "log.txt"
+        process, url = start_server(checkpoint, free_port(), log)
+        if process.poll() is None:
+            break
+        # Between the choice of a port and the server's start another process may take it.
+        assert "address already in use" in log.read_text().lower() and attempt < 2, log.read_text()
+    yield url, re.search(r"transformers chat (\S+) ", log.read_text())[1]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == INTERRUPTED, log.read_text()
+
+
+def start_server(checkpoint, port, log):
+    """The process, when it answers or has ended, and its address."""
     with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", MAIN, "serve", str(checkpoint), "--port", str(port)],
@@ -58,12 +70,10 @@ def server(checkpoint, tmp_path_factory):
             stderr=subprocess.STDOUT,
         )
     url, deadline = f"http://localhost:{port}", time.time() + 90
-    while not answers(url):
-        assert process.poll() is None and time.time() < deadline, log.read_text()
+    while process.poll() is None and not answers(url):
+        assert time.time() < deadline, log.read_text()
         time.sleep(0.3)
-    yield url, re.search(r"transformers chat (\S+) ", log.read_text())[1]
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == INTERRUPTED, log.read_text()
+    return process, url
 
 
 def free_port():
