@@ -67,14 +67,14 @@ class Kind(NamedTuple):
 ROUNDED = {"train.dtype": "bfloat16"}
 KINDS = {
     # Sums in another order, which AdamW enlarges from step to step.
-    "float32": Kind({}, 1e-4, 1e-3, "float32"),
-    "anew": Kind({"parallel.activation_checkpointing": "full"}, 1e-4, 1e-3, "float32"),
-    "compiled": Kind({"train.compile": True}, 1e-4, 1e-3, "float32"),
+    "float32": Kind({}, 2e-5, 2e-4, "float32"),
+    "anew": Kind({"parallel.activation_checkpointing": "full"}, 2e-5, 2e-4, "float32"),
+    "compiled": Kind({"train.compile": True}, 2e-5, 2e-4, "float32"),
     "compiled, anew": Kind(
-        {"train.compile": True, "parallel.activation_checkpointing": "full"}, 1e-4, 1e-3, "float32"
+        {"train.compile": True, "parallel.activation_checkpointing": "full"}, 2e-5, 2e-4, "float32"
     ),
     # 8 bits of mantissa, and each sum that is divided among ranks is rounded once more.
-    "bfloat16": Kind(ROUNDED, 1e-2, 5e-2, "bfloat16"),
+    "bfloat16": Kind(ROUNDED, 3e-3, 2e-2, "bfloat16"),
     # 4 bits; and each rank scales its own part of the tokens.
     "float8": Kind({**ROUNDED, "train.float8": "rowwise"}, 2e-2, 0.1, "float8"),
 }
