@@ -129,7 +129,8 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
     def made(mixer: str, overrides: dict[str, Any], out: str) -> RunConfig:
         layers = MIXERS[mixer]
-        change = {"data.train": str(folder / "tokens"), "out": str(folder / "runs" / out)}
+        change: dict[str, Any] = {"data.train": str(folder / "tokens")}
+        change |= {"out": str(folder / "runs" / out)}
         change |= {"model.mixer": layers, "train.progress": False}
         change["model.n_layers"] = len(layers) if isinstance(layers, list) else 2
         return from_dict(RunConfig, apply_overrides(TREE, change | overrides))
@@ -149,7 +150,7 @@ def of_each_rank(runs: dict[str, tuple[RunConfig, int | None]], folder: Path) ->
         torch.compiler.reset()
         torch._dynamo.utils.counters.clear()
         try:
-            found = {"records": _records(name, config, step)}
+            found: dict[str, Any] = {"records": _records(name, config, step)}
             found["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         except Exception:
             found = {"error": traceback.format_exc()}
