@@ -16,18 +16,25 @@ CONTEXT.set_forkserver_preload(
     # torch._dynamo is what AdamW's first step would import, in each process anew.
     ["attamba.train", "attamba.train.sharded", "torch.distributed.fsdp", "torch._dynamo"]
 )
+OF_GPUS = multiprocessing.get_context("spawn")
+"""A fork of a process that has looked for CUDA devices can not use them."""
+NCCL = "cpu:gloo,cuda:nccl"
+"""The backend of ranks that have a GPU each."""
 
 
 class Failed(Exception):
     """A rank raised; the text begins with the error's class and message."""
 
 
-def on_ranks(n: int, work: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+def on_ranks(
+    n: int, work: Callable[..., Any], *args: Any, timeout: float = 60, backend: str = "gloo"
+) -> list[Any]:
     """What `work(*args)` returns on each of n ranks. Raises Failed for the first that raised.
 
     work: a function of a module, which the processes import.
+    backend: of the process group: gloo or NCCL.
     """
-    processes, queue = start_ranks(n, work, *args)
+    processes, queue = start_ranks(n, work, *args, backend=backend)
     try:
         outcomes = dict(queue.get(timeout=timeout) for _ in processes)
     finally:
@@ -40,14 +47,19 @@ def on_ranks(n: int, work: Callable[..., Any], *args: Any, timeout: float = 60) 
     return [pickle.loads(outcomes[rank]) for rank in range(n)]
 
 
-def start_ranks(n: int, work: Callable[..., Any], *args: Any) -> tuple[list[Any], Any]:
+def start_ranks(
+    n: int, work: Callable[..., Any], *args: Any, backend: str = "gloo"
+) -> tuple[list[Any], Any]:
     """The processes of n ranks, begun, and the queue of their outcomes."""
-    queue = CONTEXT.Queue()
+    context: Any = CONTEXT if backend == "gloo" else OF_GPUS
+    queue = context.Queue()
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     processes = [
-        CONTEXT.Process(target=_be_rank, args=(rank, n, port, queue, work, args), daemon=True)
+        context.Process(
+            target=_be_rank, args=(rank, n, port, backend, queue, work, args), daemon=True
+        )
         for rank in range(n)
     ]
     for process in processes:
@@ -88,7 +100,13 @@ def train_until(config: Any, step: int | None = None) -> list[dict[str, Any]]:
 
 
 def _be_rank(
-    rank: int, n: int, port: int, queue: Any, work: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    n: int,
+    port: int,
+    backend: str,
+    queue: Any,
+    work: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -102,10 +120,12 @@ def _be_rank(
         "MASTER_PORT": str(port),
     }
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        dist.init_process_group(backend, timeout=timedelta(seconds=60))
         queue.put((rank, pickle.dumps(work(*args))))  # a queue would share a tensor's memory
     except BaseException as error:
         queue.put((rank, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
         queue.close()
         queue.join_thread()
         os._exit(1)  # as the command does: threads may wait for other ranks
+    if backend == NCCL:
+        dist.destroy_process_group()  # or it would be missed, and wait, where the process ends

@@ -90,12 +90,12 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     DTensors lie on all ranks together, which call this at once, whatever their placements.
     """
     tensors = list(tensors)
-    parts = [local(tensor).float() for tensor in tensors]
-    squares = torch.stack(torch._foreach_norm(parts)).square()
+    norms = torch._foreach_norm([local(tensor).float() for tensor in tensors])
     if not any(map(is_spread, tensors)):
-        return squares.sum().sqrt()
-    copies = torch.tensor([_copies(tensor) for tensor in tensors], device=squares.device)
-    total = (squares / copies).sum()
+        return torch.stack(norms).square().sum().sqrt()
+    # Numbers of the host, which go with the kernel: a tensor of them would wait for the device.
+    shares = torch._foreach_mul(norms, [_copies(tensor) ** -0.5 for tensor in tensors])
+    total = torch.stack(shares).square().sum()
     torch.distributed.all_reduce(total)
     return total.sqrt()
 
