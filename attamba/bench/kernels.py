@@ -40,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_common_arguments(parser, LENGTHS)
     parser.add_argument("--flex", action="store_true", help="FlexAttention as well (compiles)")
     parser.add_argument(
+        "--compiled", action="store_true",
+        help="the compressors in compiled PyTorch as well (compiles for a minute or two)",
+    )  # fmt: skip
+    parser.add_argument(
         "--parts", default=",".join(PARTS), metavar="PART,...",
         help=f"what to measure: {', '.join(PARTS)} (default: all; peers needs the library fla)",
     )  # fmt: skip
@@ -83,7 +87,7 @@ def _rows(
             yield "rows", measure_attention(shape, device, ceiling, args.flex)
     if "compressors" in parts:
         print("compressors ...", flush=True)
-        for row in measure_scan(device, ceiling["copy_bytes"]):
+        for row in measure_scan(device, ceiling["copy_bytes"], compiled=args.compiled):
             yield "compressors", row
     if "peers" in parts:
         print("peers ...", flush=True)

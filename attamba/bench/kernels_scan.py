@@ -35,20 +35,29 @@ class Sizes:
 
 
 def measure_scan(
-    device: torch.device, copy_bytes: float, sizes: Sizes | None = None
+    device: torch.device, copy_bytes: float, sizes: Sizes | None = None, *, compiled: bool = False
 ) -> Iterator[dict[str, Any]]:
     """One row for each scope and size: milliseconds, bytes per second, share of `copy_bytes`.
 
-    copy_bytes: bytes that the card copies in a second, read and written ones added.
+    copy_bytes: bytes that the card copies in a second, read and written ones added. compiled: the
+    reference in compiled PyTorch as well, at each scope's first size, on which it depends little.
     """
     sizes = sizes or Sizes()
     for scope in ("chunk", "sequence"):
         for batch, seq in SIZES:
-            yield measure(device, copy_bytes, sizes, scope, batch, seq)
+            beside = compiled and (batch, seq) == SIZES[0]
+            yield measure(device, copy_bytes, sizes, scope, batch, seq, compiled=beside)
 
 
 def measure(
-    device: torch.device, copy_bytes: float, sizes: Sizes, scope: str, batch: int, seq: int
+    device: torch.device,
+    copy_bytes: float,
+    sizes: Sizes,
+    scope: str,
+    batch: int,
+    seq: int,
+    *,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Ours and its peers, forward and forward+backward, in one setting."""
     import torch
@@ -63,7 +72,7 @@ def measure(
         "operator": "compress", "scope": scope, "batch": batch, "length": seq, **asdict(sizes),
         "bytes": counted, "ms": {}, "failed": {},
     }  # fmt: skip
-    for name, operator in _contenders(device, sizes, scope, batch, seq):
+    for name, operator in _contenders(device, sizes, scope, batch, seq, compiled):
 
         def forward(operator=operator):
             with torch.no_grad():
@@ -107,7 +116,7 @@ def _inputs(device: torch.device, sizes: Sizes, batch: int, seq: int) -> dict[st
 
 
 def _contenders(
-    device: torch.device, sizes: Sizes, scope: str, batch: int, seq: int
+    device: torch.device, sizes: Sizes, scope: str, batch: int, seq: int, compiled: bool
 ) -> Iterator[tuple[str, Callable[..., tuple[Tensor, Tensor]]]]:
     import torch
 
@@ -132,8 +141,7 @@ def _contenders(
         return operator
 
     yield "triton", ours("triton")
-    if scope == "chunk" and (batch, seq) == SIZES[0]:
-        # It takes a minute to compile (longer where states pass), and depends little on the size.
+    if compiled:
         yield "torch, compiled", torch.compile(ours("torch"))
     if find_spec("fla") is not None and scope == "sequence":
         yield "flash-linear-attention, scan alone", _library_scan(device, sizes, batch, seq)

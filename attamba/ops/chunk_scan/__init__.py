@@ -37,8 +37,7 @@ def chunk_scan(
         initial_state: float32 [B, S, N, W]; None for zeros.
         return_final_state: also return h after the last token, float32 [B, S, N, W].
         backend: see attamba.ops. State and decays are float32 in all of them. A single token
-            is a handful of small products and never goes to Triton, nor do states in 16 bits
-            that its kernels get wrong (see chunk_scan.triton.is_right).
+            is a handful of small products and never goes to Triton.
 
     Returns y, like x, and the final state if asked for. Raises ValueError where shapes disagree.
     """
@@ -67,19 +66,10 @@ def chunk_scan(
     inputs = (x, dt, A, B, C, starts, D, initial_state)
     if chosen == "reference":
         y, state = chunk_scan_reference(*inputs)
-    elif chosen == "triton" and _in_kernels(x, state_dim):
+    elif chosen == "triton" and batch and seq > 1:
         from attamba.ops.chunk_scan.triton import chunk_scan_triton
 
         y, state = chunk_scan_triton(*inputs)
     else:
         y, state = chunk_scan_torch(*inputs)
     return (y, state) if return_final_state else y
-
-
-def _in_kernels(x: Tensor, state_dim: int) -> bool:
-    batch, seq, _, width = x.shape
-    if batch == 0 or seq <= 1:
-        return False
-    from attamba.ops.chunk_scan.triton import is_right
-
-    return is_right(x.dtype, state_dim, width)

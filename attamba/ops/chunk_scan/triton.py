@@ -21,14 +21,17 @@ FOUR_WARPS = 2048
 """Numbers of a state that a program of four warps takes; more are for eight."""
 
 
-def is_right(dtype: torch.dtype, state_dim: int, width: int) -> bool:
-    """Do the kernels compute states [state_dim, width] correctly?
+def gradient_warps(dtype: torch.dtype, state_dim: int, width: int) -> int:
+    """Warps of tile_gradients for states of these sides, filled up to powers of two.
 
-    In 16 bits, compiled by Triton 3.6 for compute capability 9.0, four warps gave wrong gradients
-    of states of 128 x 16, where eight are right for 128 x 64, and Triton's interpreter for both.
+    ptxas 12.8, which Triton 3.6 brings along, compiles it wrongly for compute capability 9.0 where
+    a state in 16 bits is 64 or 128 numbers deep and narrow: it adds to the address of an operand
+    in shared memory before it has worked the address out (tests/sass.py finds that; ptxas 12.9 is
+    right). Two warps multiply without such addresses.
     """
-    narrow = max(state_dim, width) > 64 and state_dim * width <= FOUR_WARPS
-    return dtype == torch.float32 or not narrow
+    if dtype != torch.float32 and state_dim in (64, 128) and width <= 32:
+        return 2
+    return 4 if state_dim * width <= FOUR_WARPS else 8
 
 
 def chunk_scan_triton(
@@ -111,7 +114,8 @@ def scan_backward(
     shared = (*call.sizes, *call.batch_strides, *call.strides)
     kernels.tile_gradients[(call.sizes[1], x.shape[2], x.shape[0])](
         call.x, dt, call.A, call.B, call.C, D.contiguous(), call.starts, entering, leaving, dy,
-        dx, ddt, dA, dD, *shared, **call.constants, num_warps=call.warps,
+        dx, ddt, dA, dD, *shared, **call.constants,
+        num_warps=gradient_warps(x.dtype, call.constants["NP"], call.constants["WP"]),
     )  # fmt: skip
     kernels.tile_shared_gradients[call.grid](
         call.x, dt, call.A, call.B, call.C, call.starts, entering, leaving, dy, dB, dC,

@@ -39,8 +39,7 @@ PROGRAMS, SHORTEST = 8, 2
 the tiles of a segment, of which fewer are not worth the second reading."""
 
 LARGEST_SIDE = 64
-"""N and W of a head's state, which a program holds, may be so much. A state of 128 x 16 gave wrong
-outputs, compiled by Triton 3.6 for compute capability 9.0, and right ones in its interpreter."""
+"""N and W of a head's state, which a program holds, may be so much."""
 
 LAUNCHES = {
     "shared_inputs": Launch(4, 96),
@@ -54,13 +53,24 @@ LAUNCHES = {
     "sum_heads": Launch(4, 128),
     "conv_gradients": Launch(4, 168),
 }
-"""By kernel, for states of up to 2048 numbers; larger ones take twice the warps."""
+"""By kernel, for states of up to 2048 numbers; larger ones take twice the warps, see _warps."""
 
 SHARED_COLUMNS = 64
 """Columns of B and C that a program takes at once."""
 
 COLUMNS, ROWS, SPAN = 128, 16, 256
 """What a program takes of the convolution's gradient: columns, and tokens, at once and in all."""
+
+
+def _warps(kernel: str, state_dim: int, width: int) -> int:
+    """Of one program, for states of these sides, filled up to powers of two.
+
+    Four warps of segment_outputs, compiled by ptxas 12.8 for compute capability 9.0, read their
+    values from a wrong place where states are deeper than wide, see chunk_scan.triton's
+    gradient_warps; eight do not.
+    """
+    deep = kernel == "segment_outputs" and state_dim > width
+    return LAUNCHES[kernel].warps * (2 if deep or state_dim * width > 2048 else 1)
 
 
 def passes_states(dtype: torch.dtype, state_dim: int, width: int) -> bool:
@@ -281,10 +291,8 @@ class _Call:
 
     def run(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         launch = LAUNCHES[kernel.fn.__name__]
-        warps = launch.warps
-        if _filled(self.state_dim) * _filled(self.inner // self.heads) > 2048:
-            warps *= 2
-        options = {"num_warps": warps, "num_stages": launch.stages}
+        sides = _filled(self.state_dim), _filled(self.inner // self.heads)
+        options = {"num_warps": _warps(kernel.fn.__name__, *sides), "num_stages": launch.stages}
         if writes_ptx():
             options["maxnreg"] = launch.registers
         kernel[grid](*args, **constants, **options)

@@ -1,0 +1,65 @@
+"""The kernels as compute capability 9.0 gets them: they compile, and read what they wrote."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from compiling import compiled
+from sass import unwritten_registers
+
+pytest.importorskip("triton")
+
+BASE: dict[str, Any] = {"type": "attamba", "backend": "triton"}
+SEQUENCE = {**BASE, "ssm_scope": "sequence", "boundary": "head_cyclic"}
+
+
+def model(name: str, dim: int, mixer: dict[str, Any], dtype: str = "bfloat16") -> dict[str, Any]:
+    return {"name": name, "dim": dim, "mixer": mixer, "dtype": dtype}
+
+
+def scan(state_dim: int, width: int) -> dict[str, Any]:
+    sizes = {"heads": 4, "groups": 2, "state_dim": state_dim, "width": width}
+    return {"name": f"scan {state_dim} x {width}", "scan": sizes, "dtype": "bfloat16"}
+
+
+CASES = {
+    "chunk": [model("chunk", 512, {**BASE, "n_heads": 8})],
+    # States of 32 x 8, 64 x 32: deeper than wide.
+    "sequence": [
+        model("sequence", 512, {**SEQUENCE, "n_heads": 8}),
+        model("small", 128, {**SEQUENCE, "n_heads": 2}),
+        model("deep", 512, {**SEQUENCE, "n_heads": 8, "state_dim": 64}),
+    ],
+    "scan": [scan(64, 16), scan(64, 32), scan(128, 16), scan(128, 32), scan(128, 64)],
+}
+NAMES = {
+    "chunk": {
+        *("forward_kernel", "dq_kernel", "past_kernel", "window_kernel", "index_kernel"),
+        *("compress_forward_kernel", "compress_backward_kernel"),
+        *("compress_step_kernel", "attend_step_kernel", "thin_linear_kernel"),
+    },
+    "sequence": {"shared_inputs", "segment_outputs", "scan_gradients", "conv_gradients"},
+    "scan": {"tile_states", "tile_outputs", "tile_gradients", "tile_shared_gradients"},
+}
+
+
+@pytest.mark.parametrize("group", list(CASES))
+def test_no_address_is_used_before_it_is_known(group):
+    kernels = compiled(CASES[group])
+    assert {kernel["name"] for kernel in kernels} >= NAMES[group]
+    wrong = [kernel for kernel in kernels if kernel["unwritten"]]
+    assert not wrong, wrong
+
+
+def test_what_reads_too_early_is_found():
+    early = """
+        /*0050*/                   ULDC.64 UR4, c[0x0][0x220] ;
+        /*0060*/              @!P1 BRA 0x80 ;
+        /*0070*/                   LDG.E R2, desc[UR38][R2.64] ;
+        /*0080*/                   UIADD3 UR26, UP0, UR26, 0x20, URZ ;
+        /*0090*/                   UIADD3.X UR27, UR5, -0x3ffffff0, URZ, UP0, !UPT ;
+        /*00a0*/                   HGMMA.64x16x16.F32.BF16 R24, R36, gdesc[UR24].tnspB, R24 ;
+    """
+    assert unwritten_registers(early) == ["UIADD3 UR26, UP0, UR26, 0x20, URZ"]
+    assert unwritten_registers(early.replace("UP0, UR26", "UP0, UR4")) == []
