@@ -189,12 +189,20 @@ def command(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
 
 @pytest.fixture(scope="module")
 def trained(
-    make: Make, command: Any, tmp_path_factory: pytest.TempPathFactory
+    make: Make,
+    command: Any,
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[dict[str, list[Record]], Outcomes]:
-    """The records of one GPU, by mixer and kind, and the outcomes of two."""
+    """The records of one GPU, by mixer and kind, and the outcomes of two, of selected cases."""
+    chosen = {
+        item.callspec.params.get("case")
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+    }
     to_two = on_two(make, Case("hybrid", "shard", "float32"), TO_TWO)
     assert train_until(make("hybrid", {}, TO_TWO), CUT) == []
-    cases = [case for case in CASES if case.kind != "float8" or has_float8()]
+    cases = [case for case in CASES if case in chosen and (case.kind != "float8" or has_float8())]
     runs: dict[str, tuple[RunConfig, int | None]] = {
         TO_TWO: (to_two, None),
         TO_ONE: (on_two(make, Case("hybrid", "shard", "float32"), TO_ONE), CUT),
@@ -206,7 +214,9 @@ def trained(
         two = pool.submit(on_ranks, 2, of_each_rank, runs, folder, timeout=300, backend=NCCL)
         alone = {
             name: train_until(make(mixer, KINDS[kind].change, name))
-            for mixer, kind in dict.fromkeys((c.mixer, KINDS[c.kind].reference) for c in cases)
+            for mixer, kind in dict.fromkeys(
+                [("hybrid", "float32"), *((c.mixer, KINDS[c.kind].reference) for c in cases)]
+            )
             for name in [f"{mixer}, {kind}"]
         }
         failed = two.exception()
