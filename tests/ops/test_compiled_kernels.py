@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from compiling import compiled
 from sass import unwritten_registers
 
 pytest.importorskip("triton")
+
+from attamba.ops.chunk_scan.triton import gradient_warps
+from attamba.ops.compress.scan.triton import segment_warps
 
 BASE: dict[str, Any] = {"type": "attamba", "backend": "triton"}
 SEQUENCE = {**BASE, "ssm_scope": "sequence", "boundary": "head_cyclic"}
@@ -50,6 +54,14 @@ def test_no_address_is_used_before_it_is_known(group):
     assert {kernel["name"] for kernel in kernels} >= NAMES[group]
     wrong = [kernel for kernel in kernels if kernel["unwritten"]]
     assert not wrong, wrong
+
+
+@pytest.mark.parametrize("sides", [(64, 16), (64, 32), (128, 16), (128, 32)])
+def test_what_ptxas_12_8_compiles_wrongly_is_not_launched(sides):
+    """Which the installed one may compile rightly."""
+    assert gradient_warps(torch.bfloat16, *sides) == 2
+    assert segment_warps("segment_outputs", *sides) == 8
+    assert segment_warps("segment_outputs", 32, 16) == 8
 
 
 def test_what_reads_too_early_is_found():

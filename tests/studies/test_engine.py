@@ -1,11 +1,14 @@
 """Runs: done once, resumed where they stopped, failing alone, written whole."""
 
 import json
+import multiprocessing
 import os
 
 import pytest
+import torch
 
 from attamba.cli import main
+from attamba.studies import engine
 from attamba.studies.engine import Place, run_all, work_on
 from attamba.studies.results import read_result, read_results, result_path, thinned
 from attamba.train.metrics import read_metrics
@@ -141,6 +144,18 @@ def test_several_at_a_time(make_study, place):
     study = make_study(seeds=[0])
     outcomes = run_all(study.runs("full"), place, jobs=2, say=lambda text: None)
     assert _statuses(outcomes) == {"chunks-s0": "done", "full-s0": "done"}
+
+
+def test_jobs_take_the_gpus_in_turn(monkeypatch):
+    taken, threads = [], torch.get_num_threads()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    begun = multiprocessing.get_context("spawn").Value("i", 0)
+    for _ in range(3):
+        engine._settle(3, begun)
+    torch.set_num_threads(threads)
+    assert taken == [0, 1, 0]
 
 
 def test_missing_texts_are_named(make_study, tmp_path):

@@ -53,7 +53,7 @@ LAUNCHES = {
     "sum_heads": Launch(4, 128),
     "conv_gradients": Launch(4, 168),
 }
-"""By kernel, for states of up to 2048 numbers; larger ones take twice the warps, see _warps."""
+"""By kernel, for states of up to 2048 numbers; see segment_warps for larger ones."""
 
 SHARED_COLUMNS = 64
 """Columns of B and C that a program takes at once."""
@@ -62,7 +62,7 @@ COLUMNS, ROWS, SPAN = 128, 16, 256
 """What a program takes of the convolution's gradient: columns, and tokens, at once and in all."""
 
 
-def _warps(kernel: str, state_dim: int, width: int) -> int:
+def segment_warps(kernel: str, state_dim: int, width: int) -> int:
     """Of one program, for states of these sides, filled up to powers of two.
 
     Four warps of segment_outputs, compiled by ptxas 12.8 for compute capability 9.0, read their
@@ -292,7 +292,10 @@ class _Call:
     def run(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         launch = LAUNCHES[kernel.fn.__name__]
         sides = _filled(self.state_dim), _filled(self.inner // self.heads)
-        options = {"num_warps": _warps(kernel.fn.__name__, *sides), "num_stages": launch.stages}
+        options = {
+            "num_warps": segment_warps(kernel.fn.__name__, *sides),
+            "num_stages": launch.stages,
+        }
         if writes_ptx():
             options["maxnreg"] = launch.registers
         kernel[grid](*args, **constants, **options)
