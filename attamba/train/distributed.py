@@ -160,7 +160,7 @@ def open_ranks(config: RunConfig) -> Iterator[Ranks]:
         return
     from torch.distributed.device_mesh import init_device_mesh
 
-    device = _device_of_rank(config.train.device)
+    device = device_of_rank(config.train.device)
     with ExitStack() as opened:
         if not dist.is_initialized():
             _open_group(device, timedelta(seconds=config.parallel.hang_timeout + GRACE))
@@ -232,8 +232,8 @@ def _check_batch(config: RunConfig, shares: int) -> None:
         )
 
 
-def _device_of_rank(name: str) -> torch.device:
-    """auto and cuda: the GPU of this rank's number on its machine."""
+def device_of_rank(name: str) -> torch.device:
+    """auto and cuda: the GPU of this rank's number on its machine, or the one that it is shown."""
     device = resolve_device(name, "train.device")
     if device.type != "cuda":
         return device
@@ -242,7 +242,15 @@ def _device_of_rank(name: str) -> torch.device:
             f"train.device={name!r} names one device for all ranks; set train.device=auto"
         )
     local = int(os.environ.get("LOCAL_RANK", dist.get_rank() if dist.is_initialized() else 0))
-    return resolve_device(f"cuda:{local}", "LOCAL_RANK")
+    seen = torch.cuda.device_count()
+    if seen == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
+        return torch.device("cuda", 0)  # launchers may show each rank a GPU of its own
+    if local >= seen:
+        raise ConfigError(
+            f"LOCAL_RANK={local}: torch sees {seen} CUDA devices here; start at most one rank for "
+            f"each, or set train.device=cpu"
+        )
+    return torch.device("cuda", local)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attamba.config import ConfigError, RunConfig
 from attamba.data import UNSCORED, Batch
 from attamba.train import TrainingDiverged, losses, train
-from attamba.train.distributed import Ranks, mesh_sizes, open_ranks
+from attamba.train.distributed import Ranks, device_of_rank, mesh_sizes, open_ranks
 from attamba.train.optim import local
 from attamba.train.run import Run
 
@@ -252,3 +252,22 @@ def test_a_mesh_takes_the_ranks_that_are_left(make_config):
         mesh_sizes(shared, 12)
     with pytest.raises(ConfigError, match="there is 1"):
         mesh_sizes(dataclasses.replace(parallel, replicate=4), 1)
+
+
+@pytest.mark.parametrize(
+    ("seen", "shown", "found"),
+    [(4, None, "cuda:2"), (4, "0,1,2,3", "cuda:2"), (1, "7", "cuda:0"), (1, None, None)],
+)
+def test_the_gpu_of_a_rank(monkeypatch, seen, shown, found):
+    """Its number's, or the only one that a launcher shows it; never one that is not there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    if found is not None:
+        assert device_of_rank("auto") == torch.device(found)
+        return
+    with pytest.raises(ConfigError, match=r"LOCAL_RANK=2: torch sees 1 CUDA devices here"):
+        device_of_rank("auto")
