@@ -71,7 +71,7 @@ def _draw(ax: Axes, panel: Panel) -> None:
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:g}k")
     if panel.from_zero:
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.1 * ax.dataLim.y1)
         return
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter("{x:g}")
