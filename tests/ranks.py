@@ -17,7 +17,7 @@ CONTEXT.set_forkserver_preload(
     ["attamba.train", "attamba.train.sharded", "torch.distributed.fsdp", "torch._dynamo"]
 )
 OF_GPUS = multiprocessing.get_context("spawn")
-"""A fork of a process that has looked for CUDA devices can not use them."""
+"""A fork of a process that has looked for CUDA devices cannot use them."""
 NCCL = "cpu:gloo,cuda:nccl"
 """The backend of ranks that have a GPU each."""
 

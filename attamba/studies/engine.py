@@ -116,10 +116,10 @@ def _settle(jobs: int, begun: Any) -> None:
     """
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     with begun.get_lock():
-        place = begun.value
+        number = begun.value
         begun.value += 1
     if torch.cuda.is_available():
-        torch.cuda.set_device(place % torch.cuda.device_count())
+        torch.cuda.set_device(number % torch.cuda.device_count())
 
 
 def work_on(run: Run, place: Place) -> Outcome:

@@ -96,7 +96,10 @@ def test_scan_is_vectorised_torch(dtype, seq, rate):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "heads, groups, width, state_dim",
-    [(16, 2, 32, 32), (3, 1, 5, 4), (2, 2, 64, 128), (4, 2, 32, 128), (4, 1, 16, 128)],
+    [
+        *((16, 2, 32, 32), (3, 1, 5, 4), (2, 2, 64, 128)),
+        *((4, 2, 32, 128), (4, 1, 16, 128), (4, 2, 32, 64), (4, 1, 16, 64)),
+    ],
 )
 def test_scan_of_any_size(dtype, heads, groups, width, state_dim):
     inputs = scan_inputs(150, 1, heads, groups, width, state_dim, dtype, "cuda")

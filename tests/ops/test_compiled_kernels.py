@@ -18,8 +18,8 @@ BASE: dict[str, Any] = {"type": "attamba", "backend": "triton"}
 SEQUENCE = {**BASE, "ssm_scope": "sequence", "boundary": "head_cyclic"}
 
 
-def model(name: str, dim: int, mixer: dict[str, Any], dtype: str = "bfloat16") -> dict[str, Any]:
-    return {"name": name, "dim": dim, "mixer": mixer, "dtype": dtype}
+def model(name: str, dim: int, mixer: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "dim": dim, "mixer": mixer, "dtype": "bfloat16"}
 
 
 def scan(state_dim: int, width: int) -> dict[str, Any]:

@@ -21,17 +21,27 @@ FOUR_WARPS = 2048
 """Numbers of a state that a program of four warps takes; more are for eight."""
 
 
+def state_warps(state_dim: int, width: int) -> int:
+    """Warps of a program that holds a state of these sides."""
+    return 4 if state_dim * width <= FOUR_WARPS else 8
+
+
 def gradient_warps(dtype: torch.dtype, state_dim: int, width: int) -> int:
-    """Warps of tile_gradients for states of these sides, filled up to powers of two.
+    """The same of tile_gradients.
 
     ptxas 12.8, which Triton 3.6 brings along, compiles it wrongly for compute capability 9.0 where
-    a state in 16 bits is 64 or 128 numbers deep and narrow: it adds to the address of an operand
-    in shared memory before it has worked the address out (tests/sass.py finds that; ptxas 12.9 is
-    right). Two warps multiply without such addresses.
+    a state in 16 bits is 64 or 128 numbers deep, filled up to a power of two, and narrow: it adds
+    to the address of an operand in shared memory before it has worked the address out
+    (tests/sass.py finds that; ptxas 12.9 is right). Two warps multiply without such addresses.
     """
-    if dtype != torch.float32 and state_dim in (64, 128) and width <= 32:
+    if dtype != torch.float32 and filled(state_dim) in (64, 128) and filled(width) <= 32:
         return 2
-    return 4 if state_dim * width <= FOUR_WARPS else 8
+    return state_warps(state_dim, width)
+
+
+def filled(side: int) -> int:
+    """Up to what a matrix product takes."""
+    return max(16, triton.next_power_of_2(side))
 
 
 def chunk_scan_triton(
@@ -114,8 +124,7 @@ def scan_backward(
     shared = (*call.sizes, *call.batch_strides, *call.strides)
     kernels.tile_gradients[(call.sizes[1], x.shape[2], x.shape[0])](
         call.x, dt, call.A, call.B, call.C, D.contiguous(), call.starts, entering, leaving, dy,
-        dx, ddt, dA, dD, *shared, **call.constants,
-        num_warps=gradient_warps(x.dtype, call.constants["NP"], call.constants["WP"]),
+        dx, ddt, dA, dD, *shared, **call.constants, num_warps=call.gradient_warps,
     )  # fmt: skip
     kernels.tile_shared_gradients[call.grid](
         call.x, dt, call.A, call.B, call.C, call.starts, entering, leaving, dy, dB, dC,
@@ -182,11 +191,12 @@ class _Call:
             "N": state_dim,
             "W": width,
             "Q": tile,
-            "NP": max(16, triton.next_power_of_2(state_dim)),
-            "WP": max(16, triton.next_power_of_2(width)),
+            "NP": filled(state_dim),
+            "WP": filled(width),
             "PRECISION": "ieee" if exact else "tf32",
         }
-        self.warps = 4 if state_dim * width <= FOUR_WARPS else 8
+        self.warps = state_warps(state_dim, width)
+        self.gradient_warps = gradient_warps(self.x.dtype, state_dim, width)
         self.decays = self.x.new_empty(batch, tiles, heads, dtype=torch.float32)
 
     @property

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from attamba.ops.chunk_scan.triton import writes_ptx
+from attamba.ops.chunk_scan.triton import filled, writes_ptx
 from attamba.ops.compress.kernels import compress_backward_kernel, compress_forward_kernel
 
 
@@ -216,8 +216,8 @@ class _Plan:
             "W": width,
             "TAPS": self.taps,
             "Q": TILE,
-            "NP": max(16, triton.next_power_of_2(self.state_dim)),
-            "WP": max(16, triton.next_power_of_2(width)),
+            "NP": filled(self.state_dim),
+            "WP": filled(width),
             "SP": triton.next_power_of_2(self.heads),
             "PRECISION": "ieee" if self.exact else "tf32",
             "PTX": writes_ptx(),

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from attamba.ops.chunk_scan.kernels import pass_states
-from attamba.ops.chunk_scan.triton import BLOCK, GROUP, writes_ptx
+from attamba.ops.chunk_scan.triton import BLOCK, FOUR_WARPS, GROUP, filled, writes_ptx
 from attamba.ops.compress.scan import kernels
 from attamba.ops.compress.scan.backward import kernels as backward
 from attamba.ops.compress.triton import even_rows, flags, processors_of
@@ -53,7 +53,7 @@ LAUNCHES = {
     "sum_heads": Launch(4, 128),
     "conv_gradients": Launch(4, 168),
 }
-"""By kernel, for states of up to 2048 numbers; see segment_warps for larger ones."""
+"""By kernel, for states of up to FOUR_WARPS numbers; see segment_warps for larger ones."""
 
 SHARED_COLUMNS = 64
 """Columns of B and C that a program takes at once."""
@@ -70,7 +70,7 @@ def segment_warps(kernel: str, state_dim: int, width: int) -> int:
     gradient_warps; eight do not.
     """
     deep = kernel == "segment_outputs" and state_dim > width
-    return LAUNCHES[kernel].warps * (2 if deep or state_dim * width > 2048 else 1)
+    return LAUNCHES[kernel].warps * (2 if deep or state_dim * width > FOUR_WARPS else 1)
 
 
 def passes_states(dtype: torch.dtype, state_dim: int, width: int) -> bool:
@@ -261,8 +261,8 @@ class _Call:
             "W": width,
             "TAPS": self.taps,
             "Q": TILE,
-            "NP": _filled(self.state_dim),
-            "WP": _filled(width),
+            "NP": filled(self.state_dim),
+            "WP": filled(width),
             "PRECISION": "ieee" if self.proj.dtype == torch.float32 else "tf32",
             "PTX": writes_ptx(),
         }
@@ -291,7 +291,7 @@ class _Call:
 
     def run(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         launch = LAUNCHES[kernel.fn.__name__]
-        sides = _filled(self.state_dim), _filled(self.inner // self.heads)
+        sides = filled(self.state_dim), filled(self.inner // self.heads)
         options = {
             "num_warps": segment_warps(kernel.fn.__name__, *sides),
             "num_stages": launch.stages,
@@ -392,8 +392,3 @@ class _Call:
             TP=triton.next_power_of_2(self.taps), R=ROWS, BLOCK=COLUMNS,
         )  # fmt: skip
         return dweight.sum((0, 1)).t().contiguous()
-
-
-def _filled(size: int) -> int:
-    """Filled up to what a matrix product takes."""
-    return max(16, triton.next_power_of_2(size))
