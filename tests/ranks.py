@@ -6,9 +6,11 @@ import multiprocessing
 import os
 import pickle
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from queue import Empty
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -29,14 +31,15 @@ class Failed(Exception):
 def on_ranks(
     n: int, work: Callable[..., Any], *args: Any, timeout: float = 60, backend: str = "gloo"
 ) -> list[Any]:
-    """What `work(*args)` returns on each of n ranks. Raises Failed for the first that raised.
+    """What `work(*args)` returns on each of n ranks. Raises Failed for the first that raised, or
+    that ended without a word, and queue.Empty where `timeout` seconds do not suffice.
 
     work: a function of a module, which the processes import.
     backend: of the process group: gloo or NCCL.
     """
     processes, queue = start_ranks(n, work, *args, backend=backend)
     try:
-        outcomes = dict(queue.get(timeout=timeout) for _ in processes)
+        outcomes = _outcomes(processes, queue, time.monotonic() + timeout)
     finally:
         for process in processes:
             process.join(5)
@@ -45,6 +48,26 @@ def on_ranks(
         if isinstance(outcome, str):
             raise Failed(outcome)
     return [pickle.loads(outcomes[rank]) for rank in range(n)]
+
+
+def _outcomes(processes: list[Any], queue: Any, deadline: float) -> dict[int, Any]:
+    """What every rank put into the queue."""
+    outcomes: dict[int, Any] = {}
+    while len(outcomes) < len(processes):
+        ended = [rank for rank, process in enumerate(processes) if process.exitcode is not None]
+        try:
+            rank, outcome = queue.get(timeout=1)
+            outcomes[rank] = outcome
+        except Empty:
+            # Those that had ended before this wait put nothing into the queue.
+            for rank in ended:
+                if rank not in outcomes:
+                    raise Failed(
+                        f"rank {rank} ended, exit code {processes[rank].exitcode}"
+                    ) from None
+            if time.monotonic() > deadline:
+                raise
+    return outcomes
 
 
 def start_ranks(
@@ -120,7 +143,9 @@ def _be_rank(
         "MASTER_PORT": str(port),
     }
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=60))
+        # NCCL ends a process that has waited so long, be it for a rank that compiles.
+        limit = timedelta(seconds=60 if backend == "gloo" else 240)
+        dist.init_process_group(backend, timeout=limit)
         queue.put((rank, pickle.dumps(work(*args))))  # a queue would share a tensor's memory
     except BaseException as error:
         queue.put((rank, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
