@@ -101,16 +101,19 @@ def in_meshes(configs: list[Any], work: Callable[[Any, Any], Any]) -> list[Any]:
     return found
 
 
-def train_until(config: Any, step: int | None = None) -> list[dict[str, Any]]:
+def train_until(
+    config: Any, step: int | None = None, at_step: Callable[[], Any] = lambda: None
+) -> list[dict[str, Any]]:
     """Train by `step` steps, or to the end; the metrics without times, on rank 0, if it came there.
 
-    Runs on one rank, or on all those that there are.
+    Runs on one rank, or on all those that there are. at_step: called after each step.
     """
     from attamba.train import TrainingInterrupted, train
 
     asked: list[int] = []
 
     def should_stop() -> bool:
+        at_step()
         asked.append(1)
         return len(asked) == step
 

@@ -51,7 +51,20 @@ def with_open_chunk(
     """
     if span.ranks is None:
         return x, starts, span
-    n = _longest_open(starts, span.ranks.size) if longest is None else longest - 1
+    if longest is None:
+        return _after_longest_open(x, starts, span)
+    return _after(longest - 1, x, starts, span)
+
+
+@torch.compiler.disable  # the size depends on data
+def _after_longest_open(x: Tensor, starts: Tensor, span: Span) -> tuple[Tensor, Tensor, Span]:
+    assert span.ranks is not None
+    return _after(_longest_open(starts, span.ranks.size), x, starts, span)
+
+
+def _after(n: int, x: Tensor, starts: Tensor, span: Span) -> tuple[Tensor, Tensor, Span]:
+    """This rank's tokens after the n before them, with starts and span of all these."""
+    assert span.ranks is not None
     joined = torch.cat([span.ranks.before(x, n), x], 1)
     stop = (span.ranks.rank + 1) * x.shape[1]
     tokens = slice(stop - joined.shape[1], stop)
@@ -77,6 +90,19 @@ def shared_attention(
     """As chunk_attention, q [B, W, H, D], k and v [B, W, G, D]; ends are of whole rows."""
     if span.ranks is None:
         return chunk_attention(q, k, v, ends, leading_tokens, span.doc_ids, backend=backend)
+    return _attention_among_ranks(q, k, v, ends, span, leading_tokens, backend)
+
+
+@torch.compiler.disable  # sizes depend on data: how many chunks end among a rank's tokens
+def _attention_among_ranks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends: Tensor | None,
+    span: Span,
+    leading_tokens: int | None,
+    backend: str,
+) -> Tensor:
     kv = torch.stack([k.to(q.dtype), v.to(q.dtype)], 2)
     if leading_tokens is None:
         keys, doc_ids, ends = *_all_before(kv, span), None

@@ -175,6 +175,10 @@ def _is_there(run: Run, config: RunConfig, place: Place) -> bool:
     return result.run["scores"] == run.scores or "diverged" in result.end
 
 
+class _OutOfTimeError(Exception):
+    """The deadline passed while a text was scored."""
+
+
 class _Worker:
     """One run in this process."""
 
@@ -264,7 +268,10 @@ class _Worker:
                 ):
                     return None
                 subject = subject or self._subject()
-                saved = {"spec": spec, "result": score.measure(subject)}
+                try:
+                    saved = {"spec": spec, "result": score.measure(subject)}
+                except _OutOfTimeError:
+                    return None
                 write_json(path, saved)
                 self.worked = True
             found[name] = saved["result"]
@@ -277,7 +284,12 @@ class _Worker:
 
     def _subject(self) -> Subject:
         model, tokenizer = load(self.folder, device=self.device)
-        return Subject(model, tokenizer, self.config, self.place.data)
+        return Subject(model, tokenizer, self.config, self.place.data, self._in_time)
+
+    def _in_time(self, _: int) -> None:
+        # The estimate may have been too low: long contexts cost more than training's rows.
+        if self.worked and self.place.left() <= 0:
+            raise _OutOfTimeError
 
     def _metrics(self) -> list[Record]:
         return read_metrics(self.folder / "metrics.jsonl")
@@ -307,7 +319,6 @@ class _Worker:
                 "steps": training[-1]["step"] if training else 0,
                 "tokens": training[-1]["tokens"] if training else 0,
                 "seconds": round(training[-1]["seconds"], 3) if training else 0.0,
-                "tokens_per_second": _rate(training),
                 "peak_memory_bytes": max((c.get("peak_memory_bytes", 0) for c in calls), default=0)
                 or None,
                 "calls": calls,
@@ -345,13 +356,3 @@ def _portable(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(data[key], str) and data[key]:
             data[key] = Path(data[key]).name
     return {**config, "out": Path(config["out"]).name, "data": data}
-
-
-def _rate(training: list[Record]) -> float | None:
-    """The rate, in tokens per second, that a tenth of the logs exceed; the first tenth warms up.
-
-    Not their median: of several runs on one device each waits for the others most of the time, but
-    has the device for itself while they compile, save and score.
-    """
-    rates = sorted(r["tokens_per_second"] for r in training[len(training) // 10 :])
-    return round(rates[len(rates) * 9 // 10], 1) if rates else None

@@ -50,6 +50,15 @@ class Result:
     def variant(self) -> str:
         return self.run["variant"]
 
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The highest rate among the training records; None where there are none.
+
+        Of several runs on one device each waits for the others most of the time, but has the
+        device for itself while they compile, save or score: so neither mean nor median.
+        """
+        return max((record["tokens_per_second"] for record in self.train), default=None)
+
 
 def result_path(root: Path, study: str, name: str) -> Path:
     """Where the result of a run is."""

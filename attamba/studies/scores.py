@@ -6,7 +6,7 @@ gives plain numbers for a result file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +30,8 @@ class Subject:
     config: RunConfig
     data: Path
     """Holds a prepared folder for each text that scores name."""
+    progress: Callable[[int], None] | None = None
+    """Called now and then while a text is scored; what it raises ends that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,7 @@ class TextScore:
             stride=self.stride,
             batch_size=self.batch_size,
             max_tokens=self.max_tokens,
+            progress=subject.progress,
         )
         return result.to_dict()
 

@@ -193,10 +193,10 @@ def _cost_cells(row: Row) -> list[str]:
 def _speed_cells(row: Row) -> list[str]:
     if row.first is None:
         return ["", ""]
-    rates = [r.end["tokens_per_second"] for r in row.results if r.end["tokens_per_second"]]
+    rates = [r.tokens_per_second for r in row.results if r.tokens_per_second is not None]
     peaks = [r.end["peak_memory_bytes"] for r in row.results if r.end["peak_memory_bytes"]]
     return [
-        f"{statistics.median(rates):,.0f}" if rates else "",
+        f"{max(rates):,.0f}" if rates else "",
         format_bytes(max(peaks)) if peaks else "",
     ]
 

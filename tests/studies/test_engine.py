@@ -45,6 +45,7 @@ def test_a_study_end_to_end(make_study, place):
         assert [r["step"] for r in result.valid] == [3, 6]
         assert result.scores["books"]["n_tokens"] == 200
         assert result.end["tokens"] == 6 * 2 * 32
+        assert result.tokens_per_second == max(r["tokens_per_second"] for r in result.train)
         (call,) = result.end["calls"]
         assert call["code"]["source"] and call["torch"] and call["device"]
         text = result.path.read_text(encoding="utf-8")
@@ -89,6 +90,21 @@ def test_a_time_limit_stops_with_a_checkpoint_and_the_next_call_goes_on(one, pla
     assert _losses(results[0]) == _losses(results[1])
     assert results[0].scores == results[1].scores
     assert len(results[1].end["calls"]) == 2
+
+
+class UntilTrained(Place):
+    """A place whose time is up once a run is trained."""
+
+    def left(self):
+        return -1.0 if list(self.out.glob("*/*/*/checkpoints/step-00000006")) else 100.0
+
+
+def test_a_time_limit_ends_a_score_that_takes_longer_than_it_should(one, place, monkeypatch):
+    monkeypatch.setattr(engine._Worker, "_estimate", lambda self, tokens: -2.0)
+    outcome = work_on(one, UntilTrained(place.data, place.out, place.results))
+    assert outcome.status == "stopped" and "scores are missing" in outcome.text
+    assert not list(place.run_dir(one).glob("scores/*"))
+    assert work_on(one, place).status == "done"
 
 
 def test_no_time_at_all_leaves_runs_waiting(make_study, place):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from meshes import CPU, alone, assert_equal, assert_same_records, gradients_of, run_on
 from ranks import on_ranks, train_until
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from attamba.config import RunConfig
 from attamba.data import UNSCORED
 from attamba.train.distributed import Ranks
+from attamba.train.sinks import Record
 
 ATTAMBA = {"type": "attamba", "n_heads": 4, "chunk_size": 4, "leading_tokens": 5}
 ATTAMBA |= {"state_dim": 8, "ssm_heads": 2}
@@ -117,3 +119,26 @@ def test_a_run_on_packed_sources_goes_on_in_other_meshes(make_meshed):
     records, *_ = on_ranks(2, train_until, on({"tensor": 2}))
     assert [r["step"] for r in records if r["kind"] == "valid"] == [4, 8]
     assert_same_records(records, straight)
+
+
+def test_compiled_layers_of_ranks_that_share_rows(make_meshed):
+    """Compiled once for training, and once for validation's rows, however many chunks end."""
+    change: dict[str, Any] = {"model.n_layers": 1, "model.mixer": MIXERS[0]}
+    change |= {"train.steps": 4, "train.eval_rows": 3, "train.save_every": 0}
+    config = make_meshed("sources, best fit", {"context": 2}, change | {"out": "plain"})
+    compiled = make_meshed(
+        "sources, best fit", {"context": 2}, change | {"train.compile": True, "out": "compiled"}
+    )
+    plain, _ = on_ranks(2, train_until, config)
+    (records, graphs), _ = on_ranks(2, train_and_count_graphs, compiled, timeout=240)
+    assert_same_records(records, plain)
+    first, last = graphs[0], graphs[-1]
+    assert graphs[:3] == [first] * 3 and first < last <= 2 * first
+
+
+def train_and_count_graphs(config: RunConfig) -> tuple[list[Record], list[int]]:
+    """The records, and how many graphs there were after each step, and in the end."""
+    stats = torch._dynamo.utils.counters["stats"]
+    graphs: list[int] = []
+    records = train_until(config, at_step=lambda: graphs.append(stats["unique_graphs"]))
+    return records, [*graphs, stats["unique_graphs"]]
