@@ -209,7 +209,8 @@ def test_every_recipe_has_a_plan(path, capsys):
 
 def test_what_a_plan_leaves_out_is_told(capsys):
     path = str(ROOT / "configs/tiny.yaml")
-    assert cli.main(["plan", path, "mixer.ssm_scope=strided"]) == 0
+    strided = ["mixer.ssm_scope=strided", "mixer.boundary=cyclic"]
+    assert cli.main(["plan", path, *strided]) == 0
     assert "ssm_scope=strided" in capsys.readouterr().out
     assert cli.main(["plan", path, "mixer.boundary={type: separator, tokens: [32]}"]) == 0
     assert "as if all had the mean length" in capsys.readouterr().out

@@ -19,7 +19,7 @@ def markdown(record: dict[str, Any]) -> str:
     if "growth" in record:
         blocks += [f"- {line}" for line in train.growth_lines(record)]
     blocks.append(
-        f"`{machine['command']}` on {machine['date'][:10]}: {machine['device']}, "
+        f"`{_typed(machine['command'])}` on {machine['date'][:10]}: {machine['device']}, "
         f"{machine['threads']} threads, torch {machine['torch']}."
     )
     return "\n\n".join(blocks)
@@ -40,6 +40,11 @@ def tables(record: dict[str, Any]) -> list[common.Table]:
         "train": train,
     }
     return own[record["benchmark"]].tables(record)
+
+
+def _typed(command: str) -> str:
+    """A recorded command line as it can be typed: `python -m attamba` is recorded by its file."""
+    return command.replace("__main__.py", "python -m attamba", 1)
 
 
 def main() -> None:

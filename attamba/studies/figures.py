@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attamba import plots
+from attamba.display import format_bytes
 from attamba.studies.tables import (
     MISSING,
+    REFERENCE,
     Row,
     Told,
     at_position,
@@ -22,7 +24,13 @@ from attamba.studies.tables import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PALETTE = ("#4C86C6", "#E0782A", "#2F9E77", "#A05195", "#C03D3D", "#7A6A53", "#5B6770", "#D4A017")
+SHADES = {
+    "attamba": ("#E0782A", "#8E2F1D", "#F0AC72", "#C2541B", "#5C1F12", "#D4A017"),
+    "transformer": ("#4C86C6", "#1F4E86", "#8FB8E3", "#5B6770", "#2B8CA8", "#A9B4BF"),
+    "hybrid": ("#A05195", "#6B2D63", "#D29BC9", "#C03D7E"),
+    "recurrent": ("#2F9E77", "#145C43", "#86C9AE", "#7A8F2A"),
+}
+"""Colours of the variants of a family, one after the other."""
 MARKERS = "os^Dv*PX"
 PAPER_COLOUR = "#8A929C"
 WIDE = (8.2, 4.4)
@@ -37,39 +45,63 @@ def _figure(path: Path, size: tuple[float, float] = WIDE, panels: int = 1) -> It
         plots.save(figure, path)
 
 
-def _looks(i: int) -> dict[str, Any]:
-    """Colour and marker of the i-th variant; colours come round before markers do."""
-    return {
-        "color": PALETTE[i % len(PALETTE)],
-        "marker": MARKERS[(i // len(PALETTE) + i) % len(MARKERS)],
-    }
+def _looks(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Colours and markers of variants: families by colour, shades and markers within them."""
+    families = [_family(row) for row in rows]
+    looks = []
+    for i, family in enumerate(families):
+        place = families[:i].count(family)
+        shades = SHADES[family]
+        marker = MARKERS[(place // len(shades) + place) % len(MARKERS)]
+        looks.append({"color": shades[place % len(shades)], "marker": marker})
+    return looks
+
+
+def _family(row: Row) -> str:
+    """Of a variant's mixer; any for one that has not been run, which is not drawn."""
+    if row.first is None:
+        return "recurrent"
+    mixer = row.first.run["config"]["model"]["mixer"]
+    if isinstance(mixer, list):
+        return "hybrid"
+    return mixer["type"] if mixer["type"] in SHADES else "recurrent"
 
 
 def quality(told: Told, path: Path, *, score: str) -> None:
     """Perplexity against cache bytes at the training length; bars are the range over seeds."""
     with _figure(path) as ax:
-        for i, row in enumerate(told.rows):
+        for row, looks in zip(told.rows, _looks(told.rows)):
             mean, cache = row.mean(score, "perplexity"), row.cache_bytes
             if mean is None or cache is None:
                 continue
             values = row.values(score, "perplexity")
             spread = [[mean - min(values)], [max(values) - mean]]
-            ax.errorbar(
-                cache / 1024, mean, yerr=spread, linestyle="", label=row.variant, **_looks(i)
-            )
+            ax.errorbar(cache, mean, yerr=spread, linestyle="", label=row.variant, **looks)
         _powers_of_two(ax)
-        _finish(ax, "cache after a training row (KiB, bfloat16)", f"{score}: perplexity per token")
+        ax.xaxis.set_major_formatter(lambda x, place: format_bytes(round(x)))
+        _finish(ax, "cache after a training row (bfloat16)", f"{score}: perplexity per token")
 
 
 def position(told: Told, path: Path, *, score: str) -> None:
-    """Loss by position in the document."""
+    """Loss by position in the document; above the reference's, where the study has it."""
     starts = [start for start, _ in position_edges(told, score)]
+    reference = next((row for row in told.rows if row.variant == REFERENCE and row.results), None)
     with _figure(path) as ax:
-        for i, row in enumerate(told.rows):
+        for row, looks in zip(told.rows, _looks(told.rows)):
             points = [(s, at_position(row, score, s)) for s in starts]
-            _line(ax, [(max(s, 8), y) for s, y in points if y is not None], i, row.variant)
+            if reference is not None:
+                points = [
+                    (s, None if y is None else _above(y, at_position(reference, score, s)))
+                    for s, y in points
+                ]
+            _line(ax, [(max(s, 8), y) for s, y in points if y is not None], looks, row.variant)
         _powers_of_two(ax)
-        _finish(ax, "position in the document (tokens)", f"{score}: nats per token")
+        than = "" if reference is None else f" above the {REFERENCE}'s"
+        _finish(ax, "position in the document (tokens)", f"{score}: nats per token{than}")
+
+
+def _above(value: float, reference: float | None) -> float | None:
+    return None if reference is None else value - reference
 
 
 def dial(told: Told, path: Path, *, score: str) -> None:
@@ -77,9 +109,9 @@ def dial(told: Told, path: Path, *, score: str) -> None:
     asked = dial_of(told, score)
     values = asked.values
     with _figure(path) as ax:
-        for i, row in enumerate(told.rows):
+        for row, looks in zip(told.rows, _looks(told.rows)):
             ys = [at_setting(row, score, "value", value, "perplexity") for value in values]
-            _line(ax, [(x, y) for x, y in enumerate(ys) if y is not None], i, row.variant)
+            _line(ax, [(x, y) for x, y in enumerate(ys) if y is not None], looks, row.variant)
         ax.set_xticks(range(len(values)), [str(value) for value in values])
         _finish(ax, f"{asked.key} at test time", "perplexity per token")
 
@@ -88,10 +120,10 @@ def memory(told: Told, path: Path, *, score: str, key: str) -> None:
     """Share found against gap or length."""
     settings = settings_of(told, score, key)
     with _figure(path) as ax:
-        for i, row in enumerate(told.rows):
+        for row, looks in zip(told.rows, _looks(told.rows)):
             ys = [at_setting(row, score, key, value, "accuracy") for value in settings]
             points = [(x, 100 * y) for x, y in enumerate(ys) if y is not None]
-            _line(ax, points, i, row.variant)
+            _line(ax, points, looks, row.variant)
         chance = [r.scores[score]["chance"] for row in told.rows for r in row.results if r.scores]
         if chance:
             ax.axhline(100 * chance[0], color=plots.FAINT, lw=1, ls=":", label="chance")
@@ -128,10 +160,12 @@ def _bars(ax: Axes, rows: list[Row], values: list[float | None], colour: str) ->
     ax.tick_params(axis="y", length=0)
 
 
-def _line(ax: Axes, points: Sequence[tuple[float, float]], i: int, name: str) -> None:
+def _line(
+    ax: Axes, points: Sequence[tuple[float, float]], looks: dict[str, Any], name: str
+) -> None:
     if points:
         xs, ys = zip(*points)
-        ax.plot(xs, ys, label=name, lw=1.6, ms=5, **_looks(i))
+        ax.plot(xs, ys, label=name, lw=1.6, ms=5, **looks)
 
 
 def _powers_of_two(ax: Axes) -> None:

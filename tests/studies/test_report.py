@@ -176,3 +176,23 @@ def test_a_shipped_study_end_to_end_at_tiny_scale(tmp_path, capsys):
 def test_columns_that_are_empty_are_left_out():
     table = markdown((["a", "b", "c"], [["1", "", "x"], ["2", "", ""]]))
     assert table.splitlines() == ["| a | c |", "| --- | --: |", "| 1 | x |", "| 2 |  |"]
+
+
+def test_the_readme_shows_the_report_as_it_is():
+    """Every row of the README's table of main-short is one of the report, some columns left out."""
+    folder = Path(__file__).parents[2] / "studies"
+    page = (folder / "report" / "main.md").read_text(encoding="utf-8")
+    report = _shown_rows(page[page.index("## main-short") : page.index("## main\n")])
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    shown = _shown_rows(readme[readme.index("## The story") : readme.index("## Recall")])
+    assert len(shown) == len(report) >= 10
+    for row, whole in zip(shown, report):
+        assert len(row) >= 8
+        assert row.items() <= whole.items()
+
+
+def _shown_rows(text):
+    """Rows of the one table, by column; of columns of one name, the first."""
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line[:1] == "|"]
+    head, _, *body = [[cell.strip() for cell in line] for line in lines]
+    return [dict(reversed(list(zip(head, cells)))) for cells in body]
