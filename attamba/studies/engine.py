@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 
-from attamba.config import ConfigError, RunConfig, from_dict, to_dict
+from attamba.config import ConfigError, RunConfig, to_dict
 from attamba.data import TokenDataset
 from attamba.data.files import write_json
 from attamba.models.accounting import n_parameters
@@ -32,9 +32,11 @@ from attamba.studies.provenance import code_version, environment
 from attamba.studies.recipe import Run
 from attamba.studies.results import (
     Record,
+    Shelf,
     differences,
     read_result,
     result_path,
+    saved_config,
     thinned,
     write_result,
 )
@@ -126,8 +128,9 @@ def work_on(run: Run, place: Place) -> Outcome:
     """Train and score one run as far as the deadline allows, and write its result if it is done."""
     try:
         config = run.config(lambda tree: resolved(tree, run, place))
-        if _is_there(run, config, place):
-            return Outcome(run.name, "there")
+        there = _found(run, config, place)
+        if there is not None:
+            return Outcome(run.name, "there", there)
         if place.left() <= place.reserve:
             return Outcome(run.name, "waiting")
         return _Worker(run, config, place).go()
@@ -159,20 +162,23 @@ def resolved(tree: dict[str, Any], run: Run, place: Place) -> dict[str, Any]:
     return tree
 
 
-def _is_there(run: Run, config: RunConfig, place: Place) -> bool:
-    """Is there a result of this very run? Raises ConfigError for one of another configuration."""
+def _found(run: Run, config: RunConfig, place: Place) -> str | None:
+    """None if there is no result of this very run; else, if it is another study's, which one.
+
+    Raises ConfigError for a result of its own name and another configuration.
+    """
     path = result_path(place.results, run.study, run.name)
     if not path.exists():
-        return False
+        other = Shelf(place.results).same(config, run.scale, run.scores)
+        return None if other is None else f"as {other.name}"
     result = read_result(path)
-    saved = from_dict(RunConfig, result.run["config"])  # fields that came later get their defaults
-    differing = differences(to_dict(saved), to_dict(config))
+    differing = differences(saved_config(result), config)
     if differing:
         raise ConfigError(
             f"{path} is of another configuration ({'; '.join(differing)}); delete it to run anew, "
             f"or give the variant another name"
         )
-    return result.run["scores"] == run.scores or "diverged" in result.end
+    return "" if result.run["scores"] == run.scores or "diverged" in result.end else None
 
 
 class _OutOfTimeError(Exception):

@@ -10,6 +10,7 @@ from attamba.config import ConfigError
 from attamba.data.files import write_aside
 from attamba.studies import figures
 from attamba.studies.recipe import GROUPS, Scale, find_recipes, load_study
+from attamba.studies.results import Shelf
 from attamba.studies.tables import (
     Table,
     Told,
@@ -56,8 +57,9 @@ def write_report(
     parts = [f"# {TITLES[group]}", f"Made by `attamba study report {group}` from result files."]
     if scale == "tiny":
         parts.append(TINY_IS_NO_RESULT)
+    shelf = Shelf(results)
     for study in studies:
-        told = tell(study, results, recipes, scale)
+        told = tell(study, shelf, recipes, scale)
         parts += _section(told, out, f"{group}-{study.name}", written)
     page = out / f"{group}.md"
     write_aside(page, ("\n\n".join(parts) + "\n").encode())
@@ -100,21 +102,23 @@ Draw = Callable[[Told, Path], None]
 
 
 def _plots(told: Told) -> Iterator[tuple[str, Draw]]:
-    """The plots for which there is at least one point."""
-    if not any(result.scores for row in told.rows for result in row.results):
+    """The plots that there are results for; what compares variants needs two of them."""
+    done = [row for row in told.rows if any(result.scores for result in row.results)]
+    if not done:
         return
     texts = told.scores("text")
-    if texts:
-        yield "quality", partial(figures.quality, score=texts[0])
-    for name in texts:
-        yield f"{name}-position", partial(figures.position, score=name)
+    if len(done) > 1:
+        if texts:
+            yield "quality", partial(figures.quality, score=texts[0])
+        for name in texts:
+            yield f"{name}-position", partial(figures.position, score=name)
     for name in told.scores("dial"):
         yield name, partial(figures.dial, score=name)
     for name in told.scores("recall"):
         yield name, partial(figures.memory, score=name, key="gap")
     for name in told.scores("passkey"):
         yield name, partial(figures.memory, score=name, key="length")
-    if any(row.paper for row in told.rows):
+    if len(done) > 1 and any(row.paper for row in told.rows):
         on = "wikitext2" if "wikitext2" in texts else texts[0]
         yield "paper", partial(figures.beside_paper, score=on)
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from attamba.config import ConfigError
+from attamba.config import ConfigError, RunConfig, from_dict, to_dict
 from attamba.data.files import write_aside
+from attamba.studies.recipe import Run
 from attamba.train.run_folder import dotted
 
 Record = dict[str, Any]
@@ -47,8 +49,9 @@ class Result:
     end: Record = field(default_factory=dict)
 
     @property
-    def variant(self) -> str:
-        return self.run["variant"]
+    def name(self) -> str:
+        """Study and run, as in the path of its file."""
+        return f"{self.run['study']}/{self.path.stem}"
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -93,14 +96,59 @@ def read_result(path: Path) -> Result:
         ) from error
 
 
-def read_results(root: Path, study: str) -> list[Result]:
-    """All results of a study, by name."""
-    return [read_result(path) for path in sorted((root / study).glob("*.jsonl"))]
+class Shelf:
+    """All result files of a folder: a run that one study made need not be made by another."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def find(self, run: Run) -> Result | None:
+        """The result of a run, its own or another study's of the same; None without one."""
+        own = self._by_name.get(f"{run.study}/{run.name}")
+        if own is not None and own.run["scale"] == run.scale:
+            return own
+        try:
+            config = run.config()
+        except ConfigError:  # without its texts it cannot be told what its separators are
+            return None
+        return self.same(config, run.scale, run.scores)
+
+    def same(self, config: RunConfig, scale: str, scores: Record) -> Result | None:
+        """A result, of whichever study, that computes this and has these scores, or diverged."""
+        for result in self._by_identity.get(_identity(config), []):
+            asked = result.run["scores"]
+            scored = all(asked.get(name) == spec for name, spec in scores.items())
+            if result.run["scale"] == scale and (scored or "diverged" in result.end):
+                return result
+        return None
+
+    @cached_property
+    def _by_name(self) -> dict[str, Result]:
+        results = [read_result(path) for path in sorted(self.root.glob("*/*.jsonl"))]
+        return {result.name: result for result in results}
+
+    @cached_property
+    def _by_identity(self) -> dict[str, list[Result]]:
+        found: dict[str, list[Result]] = {}
+        for result in self._by_name.values():
+            found.setdefault(_identity(saved_config(result)), []).append(result)
+        return found
 
 
-def differences(there: Record, here: Record) -> list[str]:
+def saved_config(result: Result) -> RunConfig:
+    """What was run; fields that came later get their defaults."""
+    return from_dict(RunConfig, result.run["config"])
+
+
+def _identity(config: RunConfig) -> str:
+    """The same text for configurations between which there are no differences."""
+    fixed = {key: value for key, value in dotted(to_dict(config)).items() if not _free(key)}
+    return json.dumps(fixed, sort_keys=True)
+
+
+def differences(there: RunConfig, here: RunConfig) -> list[str]:
     """Keys of two configurations that disagree on what is computed, as text."""
-    a, b = dotted(there), dotted(here)
+    a, b = dotted(to_dict(there)), dotted(to_dict(here))
     return [
         f"{key}: {a.get(key)!r} there, {b.get(key)!r} here"
         for key in sorted(a.keys() | b.keys())

@@ -9,17 +9,18 @@ from attamba.config import ConfigError
 from attamba.display import columns
 from attamba.models.accounting import n_parameters
 from attamba.studies.recipe import Run, Scale, Study, find_recipes, load_study
-from attamba.studies.results import result_path
+from attamba.studies.results import Shelf
 
 
 def study_lines(recipes: Path, scale: Scale, results: Path) -> Iterator[str]:
     """One line per study: its runs, how many are done, and its question."""
+    shelf = Shelf(results)
     rows = [["study", "runs", "done", "report"]]
     questions = []
     for path in find_recipes(recipes).values():
         study = load_study(path)
         runs = study.runs(scale)
-        done = sum(result_path(results, study.name, run.name).exists() for run in runs)
+        done = sum(bool(_result(run, shelf)) for run in runs)
         rows.append([study.name, str(len(runs)), str(done), " ".join(study.groups)])
         questions.append(study.question)
     head, *lines = columns(rows).splitlines()
@@ -31,11 +32,19 @@ def study_lines(recipes: Path, scale: Scale, results: Path) -> Iterator[str]:
 def run_lines(study: Study, runs: list[Run], results: Path) -> Iterator[str]:
     """The question, then one line per run: parameters, tokens, and whether there is a result."""
     yield study.question
+    shelf = Shelf(results)
     rows = [["run", "parameters", "tokens", "result"]]
     for run in runs:
-        done = result_path(results, study.name, run.name).exists()
-        rows.append([run.name, *_size(run), "done" if done else "missing"])
+        rows.append([run.name, *_size(run), _result(run, shelf) or "missing"])
     yield columns(rows)
+
+
+def _result(run: Run, shelf: Shelf) -> str:
+    """done, or which run of another study is the same; empty without a result."""
+    result = shelf.find(run)
+    if result is None:
+        return ""
+    return "done" if result.run["study"] == run.study else f"as {result.name}"
 
 
 def _size(run: Run) -> tuple[str, str]:

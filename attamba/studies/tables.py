@@ -12,7 +12,7 @@ from typing import Any
 from attamba.config import ConfigError
 from attamba.display import format_bytes
 from attamba.studies.recipe import Scale, Study
-from attamba.studies.results import Result, read_results
+from attamba.studies.results import Result, Shelf
 from attamba.studies.scores import DialScore, make_score
 
 MISSING = "not run"
@@ -78,15 +78,16 @@ class Told:
         return [name for name, spec in self.study.scores.items() if spec["kind"] == kind]
 
 
-def tell(study: Study, results: Path, recipes: Path, scale: Scale) -> Told:
+def tell(study: Study, shelf: Shelf, recipes: Path, scale: Scale) -> Told:
     """Gather what a study's report needs. Raises ConfigError for results or numbers it cannot."""
     numbers: dict[str, Any] = {"runs": {}, "source": ""}
     if study.paper:
         numbers = _paper_numbers(recipes)
     by_variant: dict[str, list[Result]] = {}
-    for result in read_results(results, study.name):
-        if result.run["scale"] == scale:
-            by_variant.setdefault(result.variant, []).append(result)
+    for run in study.runs(scale):
+        result = shelf.find(run)
+        if result is not None:
+            by_variant.setdefault(run.variant, []).append(result)
     _check_one_text([result for found in by_variant.values() for result in found])
     n_seeds = 1 if scale == "tiny" else len(study.seeds)
     rows = []
@@ -118,7 +119,14 @@ def made_with(told: Told) -> str:
     devices = sorted({call["device"] for call in calls})
     torch_versions = sorted({call["torch"] for call in calls})
     code = sorted({_code(call["code"]) for call in calls})
-    return f"Made on {', '.join(devices)}; torch {', '.join(torch_versions)}; {', '.join(code)}."
+    text = f"Made on {', '.join(devices)}; torch {', '.join(torch_versions)}; {', '.join(code)}."
+    others = [
+        f"{row.variant} is {result.name}"
+        for row in told.rows
+        for result in row.results
+        if result.run["study"] != told.study.name
+    ]
+    return text + (f" The same runs as in other studies: {', '.join(others)}." if others else "")
 
 
 def _code(code: dict[str, Any]) -> str:

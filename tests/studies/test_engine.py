@@ -10,12 +10,16 @@ import torch
 from attamba.cli import main
 from attamba.studies import engine
 from attamba.studies.engine import Place, run_all, work_on
-from attamba.studies.results import read_result, read_results, result_path, thinned
+from attamba.studies.results import read_result, result_path, thinned
 from attamba.train.metrics import read_metrics
 
 
 def _statuses(outcomes):
     return {o.name: o.status for o in outcomes}
+
+
+def results_of(folder):
+    return [read_result(path) for path in sorted(folder.glob("*.jsonl"))]
 
 
 def _losses(result):
@@ -33,7 +37,7 @@ def test_a_study_end_to_end(make_study, place):
     said = []
     outcomes = run_all(study.runs("full"), place, say=said.append)
     assert set(_statuses(outcomes).values()) == {"done"} and len(said) == 4
-    results = read_results(place.results, "little")
+    results = results_of(place.results / "little")
     assert [r.path.stem for r in results] == ["chunks-s0", "chunks-s1", "full-s0", "full-s1"]
     for result in results:
         assert result.run["config"]["train"]["seed"] == result.run["seed"]
@@ -131,6 +135,29 @@ def test_a_result_of_another_configuration_is_not_taken(make_study, place):
     outcome = work_on(changed, place)
     assert outcome.status == "failed"
     assert "optim.lr: 0.003 there, 1e-05 here" in outcome.text
+
+
+def test_what_another_study_has_run_is_not_run_again(make_study, place):
+    first = make_study(seeds=[0])
+    run_all(first.runs("full"), place, say=lambda text: None)
+    variants = {"same": first.variants["chunks"], "new": {"optim.lr": 1e-4}}
+    outcomes = {
+        o.name: o
+        for o in run_all(
+            make_study("other", seeds=[0], variants=variants).runs("full"),
+            place,
+            say=lambda text: None,
+        )
+    }
+    assert outcomes["same-s0"].status == "there"
+    assert outcomes["same-s0"].text == "as little/chunks-s0"
+    assert outcomes["new-s0"].status == "done"
+    assert [r.path.stem for r in results_of(place.results / "other")] == ["new-s0"]
+    more = {**first.scores, "other": {"kind": "text", "data": "wikitext2", "max_tokens": 100}}
+    (run,) = make_study("more", seeds=[0], variants={"same": variants["same"]}, scores=more).runs(
+        "full"
+    )
+    assert work_on(run, place).status == "done"  # the other has not all of its scores
 
 
 def test_a_new_score_needs_no_new_training(make_study, place):

@@ -11,7 +11,7 @@ from attamba.config import ConfigError
 from attamba.studies.engine import run_all
 from attamba.studies.recipe import GROUPS, find_recipes, load_study, save_json
 from attamba.studies.report import markdown, write_report
-from attamba.studies.results import read_results
+from attamba.studies.results import Shelf, read_result
 from attamba.studies.tables import quality_table, tell
 
 FOLDER = Path(__file__).parents[2] / "studies"
@@ -64,7 +64,7 @@ def test_a_report_holds_the_results_numbers(done, place, tmp_path):
     written = write_report("main", tmp_path / "recipes", place.results, tmp_path / "report")
     page = written[0].read_text(encoding="utf-8")
     rows = _rows(page, "little")
-    results = {r.path.stem: r for r in read_results(place.results, "little")}
+    results = {r.path.stem: r for r in map(read_result, (place.results / "little").iterdir())}
     seeds = [results[f"chunks-s{i}"].scores["books"]["perplexity"] for i in (0, 1)]
     mean, half = sum(seeds) / 2, abs(seeds[0] - seeds[1]) / 2
     assert f"{mean:.2f} ± {half:.2f}" in rows["chunks"]
@@ -82,6 +82,18 @@ def test_a_report_holds_the_results_numbers(done, place, tmp_path):
         assert f"main-little-{name}.svg" in names
     for path in written[1:]:
         assert path.read_text(encoding="utf-8").startswith("<?xml") and path.name in page
+
+
+def test_a_report_shows_what_another_study_has_run(done, make_study, place, tmp_path):
+    variants = {"same": done.variants["chunks"], "new": {"optim.lr": 1e-4}}
+    make_study("other", variants=variants, scores=done.scores, paper={})
+    page = write_report("main", tmp_path / "recipes", place.results, tmp_path / "report")[0]
+    text = page.read_text(encoding="utf-8")
+    rows = _rows(text, "other")
+    up_to_perplexity = slice(1, 6)  # after it comes what depends on the other variants
+    assert rows["same"][up_to_perplexity] == _rows(text, "little")["chunks"][up_to_perplexity]
+    assert rows["new"][1:3] == ["0 of 2", "not run"]
+    assert "in other studies: same is little/chunks-s0, same is little/chunks-s1." in text
 
 
 def test_the_same_results_give_the_same_files(done, place, tmp_path):
@@ -102,7 +114,7 @@ def test_results_alone_are_enough(done, place, tmp_path):
 
 
 def test_a_result_of_tiny_scale_is_not_taken_for_one(done, place, tmp_path):
-    told = tell(done, place.results, tmp_path / "recipes", "tiny")
+    told = tell(done, Shelf(place.results), tmp_path / "recipes", "tiny")
     assert not any(row.results for row in told.rows)
     table = quality_table(told)
     assert all(row[2] == "not run" for row in table[1])
