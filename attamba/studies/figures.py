@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,8 @@ def quality(told: Told, path: Path, *, score: str) -> None:
             spread = [[mean - min(values)], [max(values) - mean]]
             ax.errorbar(cache, mean, yerr=spread, linestyle="", label=row.variant, **looks)
         _powers_of_two(ax)
+        low, high = (math.log2(x) for x in ax.get_xlim())
+        ax.set_xlim(2.0 ** math.floor(low), 2.0 ** math.ceil(high))  # two ticks at the least
         ax.xaxis.set_major_formatter(lambda x, place: format_bytes(round(x)))
         _finish(ax, "cache after a training row (bfloat16)", f"{score}: perplexity per token")
 

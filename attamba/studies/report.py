@@ -118,7 +118,7 @@ def _plots(told: Told) -> Iterator[tuple[str, Draw]]:
         yield name, partial(figures.memory, score=name, key="gap")
     for name in told.scores("passkey"):
         yield name, partial(figures.memory, score=name, key="length")
-    if len(done) > 1 and any(row.paper for row in told.rows):
+    if sum(bool(row.paper) for row in done) > 1:
         on = "wikitext2" if "wikitext2" in texts else texts[0]
         yield "paper", partial(figures.beside_paper, score=on)
 
