@@ -59,7 +59,7 @@ def _results(args: argparse.Namespace) -> Path:
 
 
 def _run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="a study, or a recipe file")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="a study, or a recipe file")
     _study(parser)
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="prepared texts (default: data/study)"
@@ -78,7 +78,7 @@ def _run(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`attamba study run NAME`."""
+    """`attamba study run NAME ...`: the studies' runs, one after the other, `--jobs` at a time."""
     for name, value in (("--jobs", args.jobs), ("--time-limit", args.time_limit)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}={value} must be at least 1")
@@ -89,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
     from attamba.studies.engine import Place, run_all
     from attamba.studies.recipe import find_study
 
-    study = find_study(args.name, args.recipes)
-    runs = study.runs(args.scale, args.only)
+    studies = [find_study(name, args.recipes) for name in args.names]
+    runs = [run for study in studies for run in study.runs(args.scale, args.only)]
     data = args.data or DATA
     if args.data is None and args.scale == "tiny":
         data = args.out / "tiny" / "data"
@@ -99,9 +99,10 @@ def run(args: argparse.Namespace) -> int:
     place = Place(data, args.out, _results(args), args.device, deadline, reserve)
     outcomes = run_all(runs, place, jobs=args.jobs, say=lambda text: print(text, flush=True))
     counts = [sum(o.status == status for o in outcomes) for status in ("done", "there", "failed")]
+    names = ", ".join(study.name for study in studies)
     print(
-        f"{study.name} at {args.scale} scale: {counts[0] + counts[1]} of {len(runs)} runs are done "
-        f"({counts[0]} now), {counts[2]} failed; results in {_results(args) / study.name}"
+        f"{names} at {args.scale} scale: {counts[0] + counts[1]} of {len(runs)} runs are done "
+        f"({counts[0]} now), {counts[2]} failed; results in {_results(args)}"
     )
     return FAILED if counts[2] else 0
 

@@ -77,9 +77,17 @@ class Place:
 class Outcome:
     """What became of a run in this call."""
 
-    name: str
+    run: Run
     status: Status
     text: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+    def __str__(self) -> str:
+        told = f"{self.run.study}/{self.name}: {self.status}"
+        return f"{told}: {self.text}" if self.text else told
 
 
 def run_all(runs: list[Run], place: Place, *, jobs: int = 1, say: Say = print) -> list[Outcome]:
@@ -92,7 +100,7 @@ def run_all(runs: list[Run], place: Place, *, jobs: int = 1, say: Say = print) -
     outcomes = []
     for outcome in _each(runs, place, jobs):
         outcomes.append(outcome)
-        say(f"{outcome.name}: {outcome.status}{': ' if outcome.text else ''}{outcome.text}")
+        say(str(outcome))
     return outcomes
 
 
@@ -130,15 +138,15 @@ def work_on(run: Run, place: Place) -> Outcome:
         config = run.config(lambda tree: resolved(tree, run, place))
         there = _found(run, config, place)
         if there is not None:
-            return Outcome(run.name, "there", there)
+            return Outcome(run, "there", there)
         if place.left() <= place.reserve:
-            return Outcome(run.name, "waiting")
+            return Outcome(run, "waiting")
         return _Worker(run, config, place).go()
     except (ValueError, OSError, ImportError, CheckpointError) as error:
-        return Outcome(run.name, "failed", str(error) or type(error).__name__)
+        return Outcome(run, "failed", str(error) or type(error).__name__)
     except RuntimeError as error:  # the device's memory, a kernel: other runs may do without
         traceback.print_exception(error)
-        return Outcome(run.name, "failed", f"{type(error).__name__}: {error}".splitlines()[0])
+        return Outcome(run, "failed", f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def resolved(tree: dict[str, Any], run: Run, place: Place) -> dict[str, Any]:
@@ -204,20 +212,18 @@ class _Worker:
             self._note_call()
             if self.place.left() > self.place.reserve:
                 raise
-            return Outcome(self.run.name, "stopped", f"at {self._step()}")
+            return Outcome(self.run, "stopped", f"at {self._step()}")
         except TrainingDiverged as error:
             self._note_call()
             self._write({}, diverged=str(error))
-            return Outcome(self.run.name, "done", f"diverged at step {error.step}")
+            return Outcome(self.run, "done", f"diverged at step {error.step}")
         if self.worked:
             self._note_call()
         scores = self._scores()
         if scores is None:
-            return Outcome(
-                self.run.name, "stopped", f"trained for {step} steps, scores are missing"
-            )
+            return Outcome(self.run, "stopped", f"trained for {step} steps, scores are missing")
         self._write(scores)
-        return Outcome(self.run.name, "done")
+        return Outcome(self.run, "done")
 
     def _clear(self) -> None:
         """Nothing of the run before may count: its memory, and what was compiled for it.

@@ -210,10 +210,15 @@ def test_missing_texts_are_named(make_study, tmp_path):
 def test_the_command(make_study, texts, tmp_path, capsys):
     make_study()
     folders = ["--recipes", str(tmp_path / "recipes"), "--results", str(tmp_path / "results")]
-    command = ["study", "run", "little", *folders, "--data", str(texts)]
-    command += ["--out", str(tmp_path / "runs")]
-    assert main([*command, "--only", "chunks-s0"]) == 0
+    where = [*folders, "--data", str(texts), "--out", str(tmp_path / "runs")]
+    assert main(["study", "run", "little", *where, "--only", "chunks-s0"]) == 0
     assert "little at full scale: 1 of 1 runs are done (1 now)" in capsys.readouterr().out
+    make_study("more", variants={"chunks": {"mixer.chunk_size": 2}})
+    assert main(["study", "run", "little", "more", *where, "--only", "chunks-s0"]) == 0
+    said = capsys.readouterr().out
+    assert "little/chunks-s0: there\nmore/chunks-s0: done\n" in said
+    assert "little, more at full scale: 2 of 2 runs are done (1 now)" in said
+    (tmp_path / "recipes" / "more.json").unlink()
     assert main(["study", "list", *folders]) == 0
     assert "little     4     1    main  Does it run?" in capsys.readouterr().out
     assert main(["study", "list", "little", *folders, "--json", str(tmp_path / "copy.json")]) == 0
@@ -221,7 +226,7 @@ def test_the_command(make_study, texts, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.endswith("done") for line in lines) == 1
     assert sum(line.endswith("missing") for line in lines) == 3
-    assert main([*command, "--jobs", "0"]) == 2
+    assert main(["study", "run", "little", *where, "--jobs", "0"]) == 2
 
 
 def test_thinning_keeps_means_and_the_last_step():

@@ -49,7 +49,7 @@ def done(make_study, place, tmp_path):
             "transformer": {"mixer": {"type": "transformer"}},
         },
         scores=SCORES,
-        paper={"chunks": "p", "late": "q"},
+        paper={"chunks": "p", "transformer": "q"},
         report=["paper", "main"],
     )
     paper = tmp_path / "recipes" / "paper"
@@ -73,7 +73,7 @@ def test_a_report_holds_the_results_numbers(done, place, tmp_path):
     assert f"{100 * (mean / theirs - 1):+.1f}%" in rows["chunks"]
     assert rows["chunks"][1] == "2 of 2" and rows["transformer"][1] == "1 of 2"
     assert rows["late"][1:3] == ["0 of 2", "not run"]
-    assert "33.50" in rows["chunks"] and "30.00" in rows["late"]
+    assert "33.50" in rows["chunks"] and "30.00" in rows["transformer"]
     assert "a paper" in page and "3 of 6 runs are done" in page
     call = results["chunks-s0"].end["calls"][0]
     assert f"Made on {call['device']}; torch {call['torch']}; " in page
