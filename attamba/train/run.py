@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attamba.config import RunConfig
-from attamba.data import UNSCORED, Batch
+from attamba.data import UNSCORED, Batch, DataError
 from attamba.models import Decoder, build_model
 from attamba.train import losses
 from attamba.train.checkpoint import restore, save_about, save_checkpoint
@@ -85,6 +85,8 @@ class Run:
         """P of the last step, where train.chunk_sizes draws it."""
         self.batch: Batch | None = None
         """This rank's rows of the last step."""
+        self._ahead: dict[int, Batch] = {}
+        """Rows of the step to come, if they have been read."""
         self.pending = torch.zeros(2, device=self.device)
         """Loss and gradient norm of the last step, on the device."""
 
@@ -146,7 +148,7 @@ class Run:
         began = time.perf_counter()
         self.watchdog.beat(f"reading the rows of step {self.step + 1}")
         with self.phases("data", on_host=True):
-            batch = self.batch = self.sources.train.batch(self.step)
+            batch = self.batch = self._rows_of(self.step)
         self.watchdog.beat(f"step {self.step + 1}")
         self.model.set_draw(self.step)
         self.optimizer.zero_grad(set_to_none=not self.passes.keeps_gradients)
@@ -169,6 +171,8 @@ class Run:
         Raises TrainingDiverged where spikes.max_in_a_row or spikes.max_skipped is reached.
         """
         began = time.perf_counter()
+        if self.device.type == "cuda":
+            self.read_ahead()
         both = torch.cat([self.pending.double(), self.guard.counts.double()]).tolist()
         self.seconds += time.perf_counter() - began
         (loss, norm), counts = both[:2], [int(count) for count in both[2:]]
@@ -183,6 +187,21 @@ class Run:
             "grad_norm": norm if math.isfinite(norm) else None,
             "skipped": n_skipped(counts),
         }
+
+    def read_ahead(self) -> None:
+        """Have the next step's rows at hand, while the device is still at the last one."""
+        if self.step == self.config.train.steps or self.step in self._ahead:
+            return
+        try:
+            with self.phases("data", on_host=True):
+                self._ahead = {self.step: self.sources.train.batch(self.step)}
+        except (DataError, OSError):
+            pass  # raised by the step that needs them, when this one is told and saved
+
+    def _rows_of(self, step: int) -> Batch:
+        """This rank's rows of a step."""
+        ahead, self._ahead = self._ahead, {}
+        return ahead[step] if step in ahead else self.sources.train.batch(step)
 
     def gradients(self, batch: Batch) -> Tensor:
         """Add the gradient of the mean loss over the targets of all ranks; return that loss.

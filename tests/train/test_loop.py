@@ -122,6 +122,44 @@ def test_order_of_the_data_does_not_depend_on_accumulation(make_config, monkeypa
     assert seen[1] == seen[2]
 
 
+def test_rows_read_ahead_are_the_next_step_s(make_config, tmp_path, monkeypatch):
+    """As is done on a GPU, which is busy meanwhile."""
+    found, asked = [], []
+    for ahead in (False, True):
+        run = run_of(make_config({"train.steps": 3}), tmp_path)
+        batch = run.sources.train.batch
+        monkeypatch.setattr(
+            type(run.sources.train),
+            "batch",
+            lambda self, step, batch=batch: asked.append(step) or batch(step),
+        )
+        found.append([])
+        while run.step < 3:
+            run.take_step()
+            if ahead:
+                run.read_ahead()
+                run.read_ahead()
+            found[-1].append(run.read()["loss"])
+        monkeypatch.undo()
+    assert found[0] == found[1] and asked == [0, 1, 2] * 2
+
+
+def test_rows_that_cannot_be_read_ahead_stop_the_step_that_needs_them(
+    make_config, tmp_path, monkeypatch
+):
+    run = run_of(make_config({"train.steps": 3}), tmp_path)
+    run.take_step()
+
+    def fail(self, step):
+        raise DataError("the shard is gone")
+
+    monkeypatch.setattr(type(run.sources.train), "batch", fail)
+    run.read_ahead()
+    assert run.read()["loss"] > 0
+    with pytest.raises(DataError, match="the shard is gone"):
+        run.take_step()
+
+
 @pytest.mark.parametrize(
     "change",
     [
