@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PANEL = 2.6
 """Inches of a heat map."""
+MOST_COLUMNS = 5
 FAINTEST = 1e-4
 """Weights below this share of a query's attention are shown as this."""
 SHOWN_HEADS = 8
@@ -114,8 +115,9 @@ def draw_attention(
 def _picture(model: Decoder, layer: LayerAttention, tokens: Tensor, path: Path) -> None:
     plt = plots.pyplot()
     heads = layer.weights[:SHOWN_HEADS]
-    columns = min(5, 2 + len(heads))
-    rows = -(-(2 + len(heads)) // columns)
+    panels_needed = 2 + len(heads)
+    rows = -(-panels_needed // MOST_COLUMNS)
+    columns = -(-panels_needed // rows)
     size = (PANEL * columns + 0.6, PANEL * rows + 0.4)
     with plt.rc_context(plots.STYLE):
         figure, axes = plt.subplots(
@@ -126,7 +128,7 @@ def _picture(model: Decoder, layer: LayerAttention, tokens: Tensor, path: Path) 
         _heat(panels[1], layer.weights.mean(0), f"mean of {len(layer.weights)} heads")
         for i, weights in enumerate(heads):
             image = _heat(panels[2 + i], weights, f"head {i + 1}")
-        for unused in panels[2 + len(heads) :]:
+        for unused in panels[panels_needed:]:
             unused.set_visible(False)
         figure.colorbar(image, ax=axes[:, -1].tolist(), label="attention weight", shrink=0.8)
         plots.save(figure, path)
@@ -139,7 +141,8 @@ def _mask(ax: Axes, model: Decoder, layer: LayerAttention, tokens: Tensor) -> No
     kinds = plots.key_kinds(model.config, layer.layer_idx, tokens.shape[1], tokens=tokens)
     colours = (plots.HIDDEN, plots.WINDOW, plots.PAST, plots.SINK)
     ax.imshow(kinds, cmap=ListedColormap(colours), vmin=0, vmax=3, interpolation="nearest")
-    _labels(ax, f"layer {layer.layer_idx + 1}: mask")
+    which = " of head 1" if len(layer.seen) > 1 else ""
+    _labels(ax, f"layer {layer.layer_idx + 1}: mask{which}")
 
 
 def _heat(ax: Axes, weights: Tensor, title: str) -> Any:
