@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from attamba.bench import common
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 LENGTHS = "1k,8k,64k"
 TOKENS = 65536
-PARTS = ("attention", "compressors", "peers")
+PEERS = ("nsa", "mamba2")
+"""Layers of flash-linear-attention, whose kernels are tuned for minutes when first run."""
+PARTS = ("attention", "compressors", *PEERS)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--parts", default=",".join(PARTS), metavar="PART,...",
-        help=f"what to measure: {', '.join(PARTS)} (default: all; peers needs the library fla)",
+        help=f"what to measure: {', '.join(PARTS)} (default: all; the last two need the library fla)",
     )  # fmt: skip
 
 
@@ -77,7 +80,7 @@ def _rows(
     args: argparse.Namespace, shapes: list[Shape], device: torch.device, ceiling: dict[str, float]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each measured row and the part of the record that it belongs to."""
-    from attamba.bench.kernels_peers import measure_peers
+    from attamba.bench.kernels_peers import measure_peer
     from attamba.bench.kernels_scan import measure_scan
 
     parts = common.parse_choices("--parts", args.parts, PARTS)
@@ -89,10 +92,13 @@ def _rows(
         print("compressors ...", flush=True)
         for row in measure_scan(device, ceiling["copy_bytes"], compiled=args.compiled):
             yield "compressors", row
-    if "peers" in parts:
-        print("peers ...", flush=True)
-        for row in measure_peers(device, args.dim):
-            yield "peers", row
+    for peer in PEERS:
+        if peer in parts and find_spec("fla") is None:
+            print(f"{peer}: left out, flash-linear-attention (fla) is not installed")
+        elif peer in parts:
+            print(f"{peer} ...", flush=True)
+            for row in measure_peer(peer, device, args.dim):
+                yield "peers", row
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

@@ -10,7 +10,6 @@ Shapes: B rows, T tokens, H query heads.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from attamba.bench.kernels import Shape, graph_ms, layer_ends
@@ -25,12 +24,15 @@ QUERIES, WIDTH = 16, 64
 """Query heads to the one key/value head, and the width of each."""
 
 
-def measure_peers(device: torch.device, dim: int) -> Iterator[dict[str, Any]]:
-    """Rows of milliseconds, forward and forward+backward; none without the library."""
-    if find_spec("fla") is None:
+def measure_peer(peer: str, device: torch.device, dim: int) -> Iterator[dict[str, Any]]:
+    """Rows of milliseconds, forward and forward+backward. Needs the library fla.
+
+    peer: nsa, beside our attention, or mamba2.
+    """
+    if peer == "nsa":
+        for length in NSA_LENGTHS:
+            yield _row("attention", length, _attentions(length, device))
         return
-    for length in NSA_LENGTHS:
-        yield _row("attention", length, _attentions(length, device))
     for length in MAMBA_LENGTHS:
         yield _row("mamba2", length, _mamba2(length, dim, device))
 
