@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--parts", default=",".join(PARTS), metavar="PART,...",
-        help=f"what to measure: {', '.join(PARTS)} (default: all; the last two need the library fla)",
+        help=f"what to measure: {', '.join(PARTS)} (default: all; the last two need fla)",
     )  # fmt: skip
 
 
