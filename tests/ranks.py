@@ -44,9 +44,7 @@ def on_ranks(
         for process in processes:
             process.join(5)
             process.kill()
-    for outcome in outcomes.values():  # as they came: the others fail because one did
-        if isinstance(outcome, str):
-            raise Failed(outcome)
+    _raise_first(outcomes)
     return [pickle.loads(outcomes[rank]) for rank in range(n)]
 
 
@@ -60,14 +58,23 @@ def _outcomes(processes: list[Any], queue: Any, deadline: float) -> dict[int, An
             outcomes[rank] = outcome
         except Empty:
             # Those that had ended before this wait put nothing into the queue.
-            for rank in ended:
-                if rank not in outcomes:
-                    raise Failed(
-                        f"rank {rank} ended, exit code {processes[rank].exitcode}"
-                    ) from None
-            if time.monotonic() > deadline:
+            silent = [rank for rank in ended if rank not in outcomes]
+            late = time.monotonic() > deadline
+            if silent or late:
+                _raise_first(outcomes)  # which may be why the others are silent
+            if silent:
+                code = processes[silent[0]].exitcode
+                raise Failed(f"rank {silent[0]} ended, exit code {code}") from None
+            if late:
                 raise
     return outcomes
+
+
+def _raise_first(outcomes: dict[int, Any]) -> None:
+    """Raise Failed for the first rank that raised, if one did: the others fail because of it."""
+    for outcome in outcomes.values():  # as they came
+        if isinstance(outcome, str):
+            raise Failed(outcome)
 
 
 def start_ranks(

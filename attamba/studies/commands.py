@@ -87,10 +87,10 @@ def run(args: argparse.Namespace) -> int:
     reserve = 0.0 if limit is None else min(RESERVE, RESERVED_SHARE * limit)
     from attamba.studies.data import DATA, tiny_texts
     from attamba.studies.engine import Place, run_all
-    from attamba.studies.recipe import find_study
+    from attamba.studies.recipe import chosen_runs, find_study
 
     studies = [find_study(name, args.recipes) for name in args.names]
-    runs = [run for study in studies for run in study.runs(args.scale, args.only)]
+    runs = chosen_runs(studies, args.scale, args.only)
     data = args.data or DATA
     if args.data is None and args.scale == "tiny":
         data = args.out / "tiny" / "data"
@@ -117,7 +117,7 @@ def _list(parser: argparse.ArgumentParser) -> None:
 
 def show(args: argparse.Namespace) -> int:
     """`attamba study list [NAME]`."""
-    from attamba.studies.recipe import find_study, save_json
+    from attamba.studies.recipe import chosen_runs, find_study, save_json
     from attamba.studies.show import run_lines, study_lines
 
     if args.name is None:
@@ -128,7 +128,8 @@ def show(args: argparse.Namespace) -> int:
     study = find_study(args.name, args.recipes)
     if args.json is not None:
         save_json(study, args.json)
-    print("\n".join(run_lines(study, study.runs(args.scale, args.only), _results(args))))
+    runs = chosen_runs([study], args.scale, args.only)
+    print("\n".join(run_lines(study, runs, _results(args))))
     return 0
 
 

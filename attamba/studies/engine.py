@@ -34,6 +34,7 @@ from attamba.studies.results import (
     Record,
     Shelf,
     differences,
+    of_these_texts,
     read_result,
     result_path,
     saved_config,
@@ -45,6 +46,7 @@ from attamba.train import CheckpointError, TrainingDiverged, TrainingInterrupted
 from attamba.train.checkpoint import read_state
 from attamba.train.metrics import read_metrics
 from attamba.train.runtime import resolve_device
+from attamba.train.sources import open_sources
 from attamba.train.storage import find_checkpoint
 
 Say = Callable[[str], None]
@@ -173,13 +175,19 @@ def resolved(tree: dict[str, Any], run: Run, place: Place) -> dict[str, Any]:
 def _found(run: Run, config: RunConfig, place: Place) -> str | None:
     """None if there is no result of this very run; else, if it is another study's, which one.
 
-    Raises ConfigError for a result of its own name and another configuration.
+    Raises ConfigError for a result of its own name and another configuration, or other texts.
     """
     path = result_path(place.results, run.study, run.name)
+    data = open_sources(config, Path(config.out), fresh=False, say=lambda text: None).fingerprints
     if not path.exists():
-        other = Shelf(place.results).same(config, run.scale, run.scores)
+        other = Shelf(place.results).same(config, run.scale, run.scores, data)
         return None if other is None else f"as {other.name}"
     result = read_result(path)
+    if not of_these_texts(result, data):
+        raise ConfigError(
+            f"{path} was trained or validated on other texts than those in {place.data}; delete it "
+            f"to run anew, or name another folder with --results"
+        )
     differing = differences(saved_config(result), config)
     if differing:
         raise ConfigError(

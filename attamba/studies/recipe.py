@@ -22,7 +22,7 @@ import fnmatch
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -109,21 +109,15 @@ class Study:
     def runs(self, scale: Scale, only: str | None = None) -> list[Run]:
         """Runs in the order of the recipe, every variant's first seed before any second one.
 
-        only: a pattern (as a shell's) of variants or runs. Raises ConfigError if none is left.
+        only: a pattern (as a shell's) of variants or runs.
         """
         seeds = self.seeds[:1] if scale == "tiny" else self.seeds
         runs = [self._run(v, seed, scale) for seed in seeds for v in self.variants]
         if only is None:
             return runs
-        left = [
+        return [
             run for run in runs if any(fnmatch.fnmatch(n, only) for n in (run.variant, run.name))
         ]
-        if not left:
-            raise ConfigError(
-                f"--only={only} names no run of {self.name}; its variants are: "
-                f"{', '.join(self.variants)}"
-            )
-        return left
 
     def _run(self, variant: str, seed: int, scale: Scale) -> Run:
         changes = {**self.common, **self.variants[variant], "train.seed": seed}
@@ -148,6 +142,18 @@ class Study:
             "paper": self.paper,
             "tiny": self.tiny,
         }
+
+
+def chosen_runs(studies: Sequence[Study], scale: Scale, only: str | None) -> list[Run]:
+    """The studies' runs, one study after the other. Raises ConfigError if `only` leaves none."""
+    runs = [run for study in studies for run in study.runs(scale, only)]
+    if not runs:
+        names = ", ".join(study.name for study in studies)
+        variants = dict.fromkeys(variant for study in studies for variant in study.variants)
+        raise ConfigError(
+            f"--only={only} names no run of {names}; variants are: {', '.join(variants)}"
+        )
+    return runs
 
 
 def find_recipes(folder: Path) -> dict[str, Path]:

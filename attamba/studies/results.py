@@ -51,7 +51,7 @@ class Result:
     @property
     def name(self) -> str:
         """Study and run, as in the path of its file."""
-        return f"{self.run['study']}/{self.path.stem}"
+        return f"{self.path.parent.name}/{self.path.stem}"
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -104,7 +104,8 @@ class Shelf:
 
     def find(self, run: Run) -> Result | None:
         """The result of a run, its own or another study's of the same; None without one."""
-        own = self._by_name.get(f"{run.study}/{run.name}")
+        path = result_path(self.root, run.study, run.name)
+        own = read_result(path) if path.exists() else None
         if own is not None and own.run["scale"] == run.scale:
             return own
         try:
@@ -113,26 +114,41 @@ class Shelf:
             return None
         return self.same(config, run.scale, run.scores)
 
-    def same(self, config: RunConfig, scale: str, scores: Record) -> Result | None:
-        """A result, of whichever study, that computes this and has these scores, or diverged."""
+    def same(
+        self, config: RunConfig, scale: str, scores: Record, data: Record | None = None
+    ) -> Result | None:
+        """A result, of whichever study, that computes this and has these scores, or diverged.
+
+        data: fingerprints of the texts that it must be of. Default: any.
+        """
         for result in self._by_identity.get(_identity(config), []):
             asked = result.run["scores"]
             scored = all(asked.get(name) == spec for name, spec in scores.items())
-            if result.run["scale"] == scale and (scored or "diverged" in result.end):
+            if (
+                result.run["scale"] == scale
+                and (scored or "diverged" in result.end)
+                and (data is None or of_these_texts(result, data))
+            ):
                 return result
         return None
 
     @cached_property
-    def _by_name(self) -> dict[str, Result]:
-        results = [read_result(path) for path in sorted(self.root.glob("*/*.jsonl"))]
-        return {result.name: result for result in results}
-
-    @cached_property
     def _by_identity(self) -> dict[str, list[Result]]:
         found: dict[str, list[Result]] = {}
-        for result in self._by_name.values():
-            found.setdefault(_identity(saved_config(result)), []).append(result)
+        for path in sorted(self.root.glob("*/*.jsonl")):
+            try:
+                result = read_result(path)
+                identity = _identity(saved_config(result))
+            except ConfigError:  # told where its own study is read
+                continue
+            found.setdefault(identity, []).append(result)
         return found
+
+
+def of_these_texts(result: Result, data: Record) -> bool:
+    """Was it trained and validated on the texts with these fingerprints? True where it diverged
+    before it noted any."""
+    return not result.run["data"] or result.run["data"] == data
 
 
 def saved_config(result: Result) -> RunConfig:

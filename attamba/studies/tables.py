@@ -37,8 +37,12 @@ class Row:
         return statistics.fmean(values) if values else None
 
     def values(self, score: str, figure: str) -> list[float]:
-        found = [result.scores.get(score, {}).get(figure) for result in self.results]
-        return [value for value in found if value is not None]
+        return list(self.by_seed(score, figure).values())
+
+    def by_seed(self, score: str, figure: str) -> dict[int, float]:
+        """The values that there are, by the seed of their run."""
+        found = {r.run["seed"]: r.scores.get(score, {}).get(figure) for r in self.results}
+        return {seed: value for seed, value in found.items() if value is not None}
 
     @property
     def first(self) -> Result | None:
@@ -210,12 +214,15 @@ def _speed_cells(row: Row) -> list[str]:
 
 
 def _against(row: Row, reference: Row | None, score: str) -> str:
-    """How far a perplexity is above the reference's, in percent; over the seeds of both."""
-    here = row.mean(score, "perplexity")
-    there = None if reference is None else reference.mean(score, "perplexity")
-    if here is None or there is None or row is reference:
+    """How far a perplexity is above the reference's, in percent; over the seeds that both have."""
+    if reference is None or row is reference:
         return ""
-    return f"{100 * (here / there - 1):+.1f}%"
+    here, there = (r.by_seed(score, "perplexity") for r in (row, reference))
+    both = here.keys() & there.keys()
+    if not both:
+        return ""
+    ratio = sum(here[seed] for seed in both) / sum(there[seed] for seed in both)
+    return f"{100 * (ratio - 1):+.1f}%"
 
 
 def _score(row: Row, score: str, figure: str, digits: int) -> str:

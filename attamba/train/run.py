@@ -192,11 +192,13 @@ class Run:
         """Have the next step's rows at hand, while the device is still at the last one."""
         if self.step == self.config.train.steps or self.step in self._ahead:
             return
+        self.watchdog.beat(f"reading the rows of step {self.step + 1}")
         try:
             with self.phases("data", on_host=True):
                 self._ahead = {self.step: self.sources.train.batch(self.step)}
         except (DataError, OSError):
             pass  # raised by the step that needs them, when this one is told and saved
+        self.watchdog.beat(f"step {self.step}")
 
     def _rows_of(self, step: int) -> Batch:
         """This rank's rows of a step."""

@@ -3,11 +3,13 @@
 import json
 import multiprocessing
 import os
+import shutil
 
 import pytest
 import torch
 
 from attamba.cli import main
+from attamba.data import load_tokenizer, prepare
 from attamba.studies import engine
 from attamba.studies.engine import Place, run_all, work_on
 from attamba.studies.results import read_result, result_path, thinned
@@ -49,7 +51,7 @@ def test_a_study_end_to_end(make_study, place):
         assert [r["step"] for r in result.valid] == [3, 6]
         assert result.scores["books"]["n_tokens"] == 200
         assert result.end["tokens"] == 6 * 2 * 32
-        assert result.tokens_per_second == max(r["tokens_per_second"] for r in result.train)
+        assert all(r["tokens_per_second"] <= result.tokens_per_second for r in result.train)
         (call,) = result.end["calls"]
         assert call["code"]["source"] and call["torch"] and call["device"]
         text = result.path.read_text(encoding="utf-8")
@@ -160,6 +162,30 @@ def test_what_another_study_has_run_is_not_run_again(make_study, place):
     assert work_on(run, place).status == "done"  # the other has not all of its scores
 
 
+def test_results_on_other_texts_are_not_taken(make_study, place, tmp_path):
+    first = make_study(seeds=[0]).runs("full")[0]
+    assert work_on(first, place).status == "done"
+    others = tmp_path / "others"
+    shutil.copytree(place.data, others)
+    (others / "more.txt").write_text("other words " * 300, encoding="utf-8")
+    shutil.rmtree(others / "train")
+    prepare(others / "more.txt", others / "train", load_tokenizer("bytes"))
+    there = Place(others, tmp_path / "other-runs", place.results)
+    outcome = work_on(first, there)
+    assert outcome.status == "failed"
+    assert "was trained or validated on other texts" in outcome.text
+    (same,) = make_study("other", seeds=[0], variants={"chunks": {"mixer.chunk_size": 4}}).runs(
+        "full"
+    )
+    assert work_on(same, there).status == "done"
+
+
+def test_a_damaged_result_of_another_study_is_no_obstacle(make_study, place):
+    (place.results / "broken").mkdir(parents=True)
+    (place.results / "broken" / "a-s0.jsonl").write_text("{")
+    assert work_on(make_study().runs("full")[0], place).status == "done"
+
+
 def test_a_new_score_needs_no_new_training(make_study, place):
     run = make_study().runs("full")[0]
     work_on(run, place)
@@ -218,14 +244,16 @@ def test_the_command(make_study, texts, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "little/chunks-s0: there\nmore/chunks-s0: done\n" in said
     assert "little, more at full scale: 2 of 2 runs are done (1 now)" in said
+    assert main(["study", "run", "more", "little", *where, "--only", "full-s1"]) == 0
+    assert "more, little at full scale: 1 of 1 runs are done (1 now)" in capsys.readouterr().out
     (tmp_path / "recipes" / "more.json").unlink()
     assert main(["study", "list", *folders]) == 0
-    assert "little     4     1    main  Does it run?" in capsys.readouterr().out
+    assert "little     4     2    main  Does it run?" in capsys.readouterr().out
     assert main(["study", "list", "little", *folders, "--json", str(tmp_path / "copy.json")]) == 0
     assert json.loads((tmp_path / "copy.json").read_text())["name"] == "little"
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.endswith("done") for line in lines) == 1
-    assert sum(line.endswith("missing") for line in lines) == 3
+    assert sum(line.endswith("done") for line in lines) == 2
+    assert sum(line.endswith("missing") for line in lines) == 2
     assert main(["study", "run", "little", *where, "--jobs", "0"]) == 2
 
 

@@ -12,7 +12,14 @@ from attamba.config import ConfigError, load_run_config, to_dict
 from attamba.models.accounting import n_parameters
 from attamba.studies.data import separator_ids, tiny_texts
 from attamba.studies.engine import Place, resolved
-from attamba.studies.recipe import TINY, find_recipes, find_study, load_study, save_json
+from attamba.studies.recipe import (
+    TINY,
+    chosen_runs,
+    find_recipes,
+    find_study,
+    load_study,
+    save_json,
+)
 from attamba.studies.scores import make_score
 
 FOLDER = Path(__file__).parents[2] / "studies"
@@ -75,7 +82,7 @@ def test_only_chooses_variants_and_runs(make_study):
     assert [run.name for run in study.runs("full", "ch*")] == ["chunks-s0", "chunks-s1"]
     assert [run.name for run in study.runs("full", "*-s1")] == ["chunks-s1", "full-s1"]
     with pytest.raises(ConfigError, match=r"--only=x names no run .* chunks, full"):
-        study.runs("full", "x")
+        chosen_runs([study], "full", "x")
 
 
 def test_a_recipe_survives_json(tmp_path):
