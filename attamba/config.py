@@ -376,12 +376,28 @@ def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str
 
 
 def override_model(config: ModelConfig, overrides: dict[str, Any]) -> ModelConfig:
-    """`config` with dotted keys set ("mixer.chunk_size", "model.mixer.boundary", ...)."""
+    """`config`, which weights were trained for, with dotted keys set: "mixer.chunk_size", ...
+
+    Raises ConfigError for unknown keys and for those of WOVEN.
+    """
     tree = apply_overrides({"model": to_dict(config)}, overrides)
     others = sorted(set(tree) - {"model"})
     if others:
         unknown_key(others[0], ["model", "mixer"])
-    return from_dict(ModelConfig, tree["model"], "model")
+    changed = from_dict(ModelConfig, tree["model"], "model")
+    for old, new in zip(config.layer_mixers(), changed.layer_mixers()):
+        for name in WOVEN:
+            was, now = getattr(old, name, None), getattr(new, name, None)
+            if None not in (was, now) and was != now:
+                raise ConfigError(
+                    f"mixer.{name}={now} cannot be set on trained weights, which were made for "
+                    f"{was}; train a model with it instead"
+                )
+    return changed
+
+
+WOVEN = ("n_heads", "ssm_heads", "n_blocks")
+"""Fields of mixers by which weights of the same shapes mean something else."""
 
 
 def _check_chunk_sizes(sizes: list[int], mixers: list[Mixer]) -> None:

@@ -109,20 +109,30 @@ class AttambaMixer:
         policy = self.boundary if isinstance(self.boundary, str) else self.boundary.get("type")
         if policy is None:
             raise ConfigError(f'{where}.boundary={self.boundary} needs a "type"')
+        self._check_pooling(policy == "head_cyclic", where)
         if policy == "head_cyclic" and self.ssm_scope != "sequence":
             raise ConfigError(
-                f"{where}.boundary=head_cyclic needs {where}.ssm_scope=sequence (each head has "
-                f"its own chunk ends, so states must not depend on them)"
+                f"{where}.boundary=head_cyclic needs {where}.ssm_scope=sequence, not "
+                f"{self.ssm_scope} (each head has its own chunk ends, so states must not depend on "
+                f"them); set it, or another boundary, such as {where}.boundary=cyclic"
             )
         if self.ssm_scope == "strided" and self.backend == "triton":
             raise ConfigError(
                 f"{where}.backend=triton has no kernels for ssm_scope=strided; use auto or torch"
             )
-        if self.compressor != "ssm" and self.ssm_scope != "chunk":
-            raise ConfigError(
-                f"{where}.ssm_scope={self.ssm_scope} needs {where}.compressor=ssm; "
-                f"{self.compressor} pools the tokens of a chunk alone"
-            )
+
+    def _check_pooling(self, per_head: bool, where: str) -> None:
+        """per_head: are chunks those of boundary head_cyclic?"""
+        needed = [] if self.ssm_scope == "chunk" else [f"{where}.ssm_scope=chunk"]
+        needed += [f"{where}.boundary=cyclic"] if per_head else []
+        if self.compressor == "ssm" or not needed:
+            return
+        is_chunk = self.ssm_scope == "chunk"
+        given = "boundary=head_cyclic" if is_chunk else f"ssm_scope={self.ssm_scope}"
+        raise ConfigError(
+            f"{where}.{given} needs {where}.compressor=ssm; {self.compressor} pools the tokens of "
+            f"a chunk alone, and goes with {' and '.join(needed)}"
+        )
 
 
 @dataclass(kw_only=True)
@@ -265,8 +275,10 @@ def _check_heads(mixer: AttambaMixer | TransformerMixer, dim: int, where: str) -
                 f"{where}.n_kv_heads={mixer.n_kv_heads} does not divide n_heads={mixer.n_heads}"
             )
     if mixer.head_dim is None and dim % mixer.n_heads:
+        projected = isinstance(mixer, TransformerMixer) or mixer.kv_proj
         raise ConfigError(
             f"{where}.n_heads={mixer.n_heads} does not divide dim={dim}; set {where}.head_dim"
+            f"{'' if projected else f' and {where}.kv_proj=true'}, or a number that divides it"
         )
     width = mixer.head_dim if mixer.head_dim is not None else dim // mixer.n_heads
     if width < 2 or width % 2:

@@ -114,7 +114,20 @@ def parse_mixer(value: Any, where: str) -> Mixer:
         raise ConfigError(
             f"{where}.type={name!r} is not a mixer (there are: {there}){did_you_mean(name, MIXERS)}"
         )
+    _check_of_one_type(value, name, where)
     return from_dict(MIXERS[name], value, where)
+
+
+def _check_of_one_type(value: dict[str, Any], name: str, where: str) -> None:
+    """Raise ConfigError for keys of other mixers, which stay behind where only the type is set."""
+    known = _field_names({"type": name})
+    others = {key for other in MIXERS for key in _field_names({"type": other})}
+    for key in value:
+        if key not in known and key in others:
+            raise ConfigError(
+                f"{where}.{key} is not a key of type={name}, which has: {', '.join(known)}; where "
+                f"the type is changed, give the mixer whole: '{where}={{type: {name}}}'"
+            )
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
@@ -184,7 +197,7 @@ def _describe(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(o) for o in typing.get_args(hint))
     if origin is list:
-        return f"a list of {_describe(typing.get_args(hint)[0])}"
+        return f"a list, [a, b, ...], each {_describe(typing.get_args(hint)[0])}"
     names = {
         type(None): "null",
         bool: "true or false",

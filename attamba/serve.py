@@ -24,8 +24,9 @@ def serve(checkpoint: str | Path, *, host: str = "localhost", port: int = 8000) 
     with tempfile.TemporaryDirectory(prefix="attamba-serve-") as room:
         folder = served_folder(Path(checkpoint), Path(room))
         print(
-            f"{checkpoint}: http://{host}:{port}/v1 answers completions and chats; talk to it: "
-            f"transformers chat {folder} http://{host}:{port}/v1",
+            f"{checkpoint}: http://{host}:{port}/v1 answers completions and chats\n"
+            f"model, as requests name it: {folder}\n"
+            f"talk to it: transformers chat {folder} http://{host}:{port}/v1",
             flush=True,
         )
         start(folder, host=host, port=port)

@@ -152,9 +152,18 @@ def test_options_of_a_boundary():
 
 def test_override_model_leaves_the_original_alone():
     config = ModelConfig(dim=64, mixer=AttambaMixer(n_heads=4))
-    other = override_model(config, {"mixer.chunk_size": 2, "model.dim": 32, "mixer.n_heads": 2})
+    other = override_model(config, {"mixer.chunk_size": 2, "model.dim": 32})
     assert (_mixer(other).chunk_size, other.dim) == (2, 32)
     assert config == ModelConfig(dim=64, mixer=AttambaMixer(n_heads=4))
+
+
+@pytest.mark.parametrize(
+    "mixer, name", [({}, "n_heads"), ({}, "ssm_heads"), ({"type": "hawk"}, "n_blocks")]
+)
+def test_override_model_keeps_what_weights_were_made_for(mixer, name):
+    config = ModelConfig(dim=64, mixer={"type": "attamba", **mixer})
+    with pytest.raises(ConfigError, match=rf"mixer\.{name}=2 cannot be set on trained weights"):
+        override_model(config, {f"mixer.{name}": 2})
 
 
 def test_override_model_takes_keys_of_the_model_alone():
@@ -207,9 +216,9 @@ def test_unknown_names(key, nearest):
         ("train.compile=1", "train.compile=1 must be true or false"),
         ("out=3", "out=3 must be text"),
         ("data=3", "data=3 must be a dictionary"),
-        ("data.train=[1]", "data.train=[1] must be text or a list of text"),
+        ("data.train=[1]", "data.train=[1] must be text or a list, [a, b, ...], each text"),
         ("mixer.leading_tokens=all", "must be a whole number or null"),
-        ("optim.betas=0.9", "optim.betas=0.9 must be a list of a number"),
+        ("optim.betas=0.9", "optim.betas=0.9 must be a list, [a, b, ...], each a number"),
     ],
 )
 def test_wrong_types(argument, message):
@@ -226,7 +235,14 @@ def test_wrong_types(argument, message):
         (["mixer.ssm_dim=0"], "mixer.ssm_dim=0 must be at least 1"),
         (["mixer.ssm_heads=7"], "mixer.ssm_heads=7 does not divide ssm_dim=256"),
         (["mixer.n_heads=0"], "mixer.n_heads=0 must be at least 1"),
-        (["mixer.n_heads=7"], "mixer.n_heads=7 does not divide dim=512; set mixer.head_dim"),
+        (
+            ["mixer.n_heads=7"],
+            "n_heads=7 does not divide dim=512; set mixer.head_dim and mixer.kv_proj=true, or",
+        ),
+        (
+            ["mixer.type=transformer", "mixer.sink=false"],
+            "give the mixer whole: 'model.mixer={type",
+        ),
         (["mixer.n_kv_heads=3"], "mixer.n_kv_heads=3 does not divide n_heads=8"),
         (["mixer.n_kv_heads=2"], "2 * 64 = 128 must equal dim = 512 when kv_proj is false"),
         (["mixer.head_dim=16"], "8 * 16 = 128 must equal dim = 512 when kv_proj is false"),

@@ -157,8 +157,12 @@ def chosen_runs(studies: Sequence[Study], scale: Scale, only: str | None) -> lis
 
 
 def find_recipes(folder: Path) -> dict[str, Path]:
-    """The recipes of a folder by name."""
+    """The recipes of a folder by name. Raises ConfigError where there are none."""
     found = sorted(path for path in folder.glob("*") if path.suffix in SUFFIXES)
+    if not found:
+        raise ConfigError(
+            f"--recipes={folder} holds no recipe; go to the folder of the project, or name another"
+        )
     return {path.stem: path for path in found}
 
 

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from attamba.config import ConfigError, RunConfig
+from attamba.models import build_model
 from attamba.train.beside import Beside
 from attamba.train.distributed import Ranks, lock_for_all, open_ranks
 from attamba.train.float8 import check_float8
@@ -87,6 +90,8 @@ def open_loop(
 ) -> Iterator[Loop]:
     """All that training needs, in the folder config.out, ready for the next step; see train."""
     config.validate()
+    with torch.device("meta"):  # before texts: it finds what is wrong with a boundary's options
+        build_model(config.model)
     run_dir = Path(config.out)
     with open_ranks(config) as ranks:
         ranks.on_each(lambda: check_float8(config, ranks.device))

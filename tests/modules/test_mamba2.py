@@ -141,7 +141,7 @@ def test_compiles_without_a_graph_break():
         ({"ssm_dim": 0}, r"mixer\.ssm_dim=0 must be at least 1"),
         ({"state_dim": 0}, r"mixer\.state_dim=0 must be at least 1"),
         ({"conv_width": 0}, r"mixer\.conv_width=0 must be at least 1"),
-        ({"n_heads": 4}, r"unknown key 'mixer\.n_heads'"),
+        ({"n_heads": 4}, r"mixer\.n_heads is not a key of type=mamba2, which has: type, ssm_dim"),
     ],
 )
 def test_errors(options, text):

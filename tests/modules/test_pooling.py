@@ -197,7 +197,12 @@ def test_compiles_without_a_graph_break():
         ({"compressor": "mean", "ssm_scope": "sequence"}, r"ssm_scope=sequence needs mixer\.comp"),
         (
             {"compressor": "gated", "ssm_scope": "sequence", "boundary": "head_cyclic"},
-            r"ssm_scope=sequence needs mixer\.compressor=ssm; gated pools the tokens of a chunk",
+            r"ssm_scope=sequence needs mixer\.compressor=ssm; gated pools the tokens of a chunk "
+            r"alone, and goes with mixer\.ssm_scope=chunk and mixer\.boundary=cyclic$",
+        ),
+        (
+            {"compressor": "mean", "boundary": "head_cyclic"},
+            r"boundary=head_cyclic needs mixer\.compressor=ssm; .* with mixer\.boundary=cyclic$",
         ),
         ({"gate_positions": 0}, r"mixer\.gate_positions=0 must be at least 1"),
     ],

@@ -122,6 +122,14 @@ def test_order_of_the_data_does_not_depend_on_accumulation(make_config, monkeypa
     assert seen[1] == seen[2]
 
 
+def test_what_is_wrong_with_a_boundary_is_said_before_texts_are_read(make_config, tmp_path):
+    config = make_config({"model.mixer": {"type": "attamba", "boundary": "separator"}})
+    config.out, config.data.train = str(tmp_path / "new"), str(tmp_path / "no such text")
+    with pytest.raises(ValueError, match=r"boundary\.tokens=None must be a list"):
+        train(config)
+    assert not (tmp_path / "new").exists()
+
+
 def test_rows_read_ahead_are_the_next_step_s(make_config, tmp_path, monkeypatch):
     """As is done on a GPU, which is busy meanwhile."""
     found, asked = [], []

@@ -88,7 +88,7 @@ def test_sources_of_several_tokenizers_are_refused(make_config, two, texts, tmp_
             {"sources": [{"paht": "b"}]},
             r"unknown key 'data\.sources\.0\.paht'; did you mean",
         ),
-        ({"sources": "b"}, r"data\.sources='b' must be a list of a dictionary"),
+        ({"sources": "b"}, r"data\.sources='b' must be a list, .* each a dictionary"),
         ({"packing": "best"}, r"data\.packing='best' must be one of: stream, best_fit"),
         (
             {"generate": {"type": "passkey"}, "packing": "best_fit"},
