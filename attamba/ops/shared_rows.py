@@ -90,26 +90,20 @@ def shared_attention(
     """As chunk_attention, q [B, W, H, D], k and v [B, W, G, D]; ends are of whole rows."""
     if span.ranks is None:
         return chunk_attention(q, k, v, ends, leading_tokens, span.doc_ids, backend=backend)
-    return _attention_among_ranks(q, k, v, ends, span, leading_tokens, backend)
+    kv = torch.stack([k.to(q.dtype), v.to(q.dtype)], 2)
+    return _attend_among_ranks(q, kv, ends, span, leading_tokens, backend)
 
 
 @torch.compiler.disable  # sizes depend on data: how many chunks end among a rank's tokens
-def _attention_among_ranks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ends: Tensor | None,
-    span: Span,
-    leading_tokens: int | None,
-    backend: str,
+def _attend_among_ranks(
+    q: Tensor, kv: Tensor, ends: Tensor | None, span: Span, lead: int | None, backend: str
 ) -> Tensor:
-    kv = torch.stack([k.to(q.dtype), v.to(q.dtype)], 2)
-    if leading_tokens is None:
+    if lead is None:
         keys, doc_ids, ends = *_all_before(kv, span), None
     else:
-        keys, ends, doc_ids = _window_and_ends(kv, ends, span, leading_tokens)
+        keys, ends, doc_ids = _window_and_ends(kv, ends, span, lead)
     k, v = keys.unbind(2)
-    return chunk_attention(q, k, v, ends, leading_tokens, doc_ids, backend=backend)
+    return chunk_attention(q, k, v, ends, lead, doc_ids, backend=backend)
 
 
 def _all_before(kv: Tensor, span: Span) -> tuple[Tensor, Tensor | None]:

@@ -32,6 +32,7 @@ from attamba.studies.provenance import code_version, environment
 from attamba.studies.recipe import Run
 from attamba.studies.results import (
     Record,
+    Result,
     Shelf,
     differences,
     of_these_texts,
@@ -140,7 +141,7 @@ def work_on(run: Run, place: Place) -> Outcome:
         config = run.config(lambda tree: resolved(tree, run, place))
         there = _found(run, config, place)
         if there is not None:
-            return Outcome(run, "there", there)
+            return Outcome(run, "there", "" if there.study == run.study else f"as {there.name}")
         if place.left() <= place.reserve:
             return Outcome(run, "waiting")
         return _Worker(run, config, place).go()
@@ -172,16 +173,15 @@ def resolved(tree: dict[str, Any], run: Run, place: Place) -> dict[str, Any]:
     return tree
 
 
-def _found(run: Run, config: RunConfig, place: Place) -> str | None:
-    """None if there is no result of this very run; else, if it is another study's, which one.
+def _found(run: Run, config: RunConfig, place: Place) -> Result | None:
+    """The result of this very run, its own or another study's; None without one.
 
     Raises ConfigError for a result of its own name and another configuration, or other texts.
     """
     path = result_path(place.results, run.study, run.name)
     data = open_sources(config, Path(config.out), fresh=False, say=lambda text: None).fingerprints
     if not path.exists():
-        other = Shelf(place.results).same(config, run.scale, run.scores, data)
-        return None if other is None else f"as {other.name}"
+        return Shelf(place.results).same(config, run.scale, run.scores, data)
     result = read_result(path)
     if not of_these_texts(result, data):
         raise ConfigError(
@@ -194,7 +194,7 @@ def _found(run: Run, config: RunConfig, place: Place) -> str | None:
             f"{path} is of another configuration ({'; '.join(differing)}); delete it to run anew, "
             f"or give the variant another name"
         )
-    return "" if result.run["scores"] == run.scores or "diverged" in result.end else None
+    return result if result.run["scores"] == run.scores or "diverged" in result.end else None
 
 
 class _OutOfTimeError(Exception):

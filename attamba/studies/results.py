@@ -49,9 +49,14 @@ class Result:
     end: Record = field(default_factory=dict)
 
     @property
+    def study(self) -> str:
+        """Whose result it is."""
+        return self.path.parent.name
+
+    @property
     def name(self) -> str:
-        """Study and run, as in the path of its file."""
-        return f"{self.path.parent.name}/{self.path.stem}"
+        """Study and run."""
+        return f"{self.study}/{self.path.stem}"
 
     @property
     def tokens_per_second(self) -> float | None:

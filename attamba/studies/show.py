@@ -44,7 +44,7 @@ def _result(run: Run, shelf: Shelf) -> str:
     result = shelf.find(run)
     if result is None:
         return ""
-    return "done" if result.run["study"] == run.study else f"as {result.name}"
+    return "done" if result.study == run.study else f"as {result.name}"
 
 
 def _size(run: Run) -> tuple[str, str]:

@@ -128,7 +128,7 @@ def made_with(told: Told) -> str:
         f"{row.variant} is {result.name}"
         for row in told.rows
         for result in row.results
-        if result.run["study"] != told.study.name
+        if result.study != told.study.name
     ]
     return text + (f" The same runs as in other studies: {', '.join(others)}." if others else "")
 
