@@ -10,8 +10,10 @@ from attamba.ops.chunking import (
     document_starts,
     make_span,
     normalize_ends,
+    part_of,
     visible,
 )
+from attamba.ops.row_ranks import RowRanks
 
 CPU = torch.device("cpu")
 
@@ -31,6 +33,18 @@ def test_positions():
 def test_an_id_that_comes_back_is_another_document():
     doc_ids = torch.tensor([[1, 1, 2, 1, 1, 1], [3, 3, 3, 3, 3, 3]])
     assert document_starts(doc_ids).tolist() == [[0, 0, 2, 3, 3, 3], [0] * 6]
+
+
+def test_a_ranks_part_of_a_row():
+    """No views: torch 2.11 fails to compile graphs whose inputs are, once sizes of rows vary."""
+    doc_ids = torch.tensor([[0, 0, 1, 1, 1, 1], [2, 2, 2, 2, 3, 3]])
+    whole = make_span(6, CPU, tokens=doc_ids + 10, doc_ids=doc_ids)
+    part = part_of(whole, RowRanks(1, 2, "group"))
+    assert part.whole is whole and part.tokens is not None and part.doc_ids is not None
+    assert part.positions.tolist() == [[1, 2, 3], [3, 0, 1]]
+    assert part.doc_ids.tolist() == [[1, 1, 1], [2, 3, 3]]
+    assert torch.equal(part.tokens, part.doc_ids + 10)
+    assert not any(t._is_view() for t in (part.positions, part.tokens, part.doc_ids))
 
 
 def test_chunks_start_after_ends_and_with_documents():

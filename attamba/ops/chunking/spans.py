@@ -84,8 +84,11 @@ def make_span(
 def part_of(whole: Span, ranks: RowRanks) -> Span:
     """This rank's part of a span that has neither padding nor a cache."""
     assert whole.mask is None and whole.offsets is None
-    tokens, doc_ids = (None if t is None else ranks.own(t) for t in (whole.tokens, whole.doc_ids))
-    positions = ranks.own(whole.positions)
+    # Copies: as inputs of a compiled graph, views bring along the sizes of what they are views of.
+    tokens, doc_ids = (
+        None if t is None else ranks.own(t).contiguous() for t in (whole.tokens, whole.doc_ids)
+    )
+    positions = ranks.own(whole.positions).contiguous()
     return Span(positions, tokens, doc_ids, draw=whole.draw, ranks=ranks, whole=whole)
 
 
