@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,28 +15,31 @@ from attamba.train import losses
 from attamba.train.optim import build_optimizer
 
 
-def bare_step(config: RunConfig, batch: Batch, device: torch.device) -> Callable[[], None]:
-    """Forward, backward, clipping and AdamW of a fresh model on the batch, and nothing else."""
-    torch.manual_seed(config.train.seed)
-    model = build_model(config.model).to(device).train()
-    forward = torch.compile(model) if config.train.compile else model
-    nats = torch.compile(losses.nats) if config.train.compile else losses.nats
-    optimizer = build_optimizer(model, config.optim)
-    limit, scored = config.optim.grad_clip or math.inf, batch.n_scored
-    mixed = config.train.dtype == "bfloat16"
-    rows = config.data.batch_size // config.train.accumulate
-    parts = [losses.on_device(part, device) for part in losses.parts(batch, rows)]
+class BareStep:
+    """Forward, backward, clipping and AdamW of a fresh model, and nothing else."""
 
-    def step() -> None:
-        optimizer.zero_grad()
-        for inputs, targets, doc_ids in parts:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
-                logits = forward(inputs, doc_ids=doc_ids if config.data.doc_mask else None)
-            (nats(logits, targets) / scored).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-        optimizer.step()
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        torch.manual_seed(config.train.seed)
+        self.config, self.device = config, device
+        self.model = build_model(config.model).to(device).train()
+        compile = torch.compile if config.train.compile else lambda function: function
+        self._forward, self._nats = compile(self.model), compile(losses.nats)
+        self._optimizer = build_optimizer(self.model, config.optim)
+        self._limit = config.optim.grad_clip or math.inf
+        self._rows = config.data.batch_size // config.train.accumulate
 
-    return step
+    def parts(self, batch: Batch) -> list[losses.Rows]:
+        """The batch on the device, a forward pass each."""
+        return [losses.on_device(part, self.device) for part in losses.parts(batch, self._rows)]
+
+    def __call__(self, parts: list[losses.Rows], scored: int) -> None:
+        """One step. scored: the batch's targets that count."""
+        self._optimizer.zero_grad()
+        for rows in parts:
+            logits = losses.logits(self._forward, rows, self.config)
+            (self._nats(logits, rows.targets) / scored).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._limit)
+        self._optimizer.step()
 
 
 def write_text(folder: str, config: RunConfig) -> str:

@@ -215,7 +215,7 @@ def _attention(measured: list[dict[str, Any]]) -> list[common.Table]:
 
 def _peers(rows: list[dict[str, Any]]) -> common.Table:
     """Layers of flash-linear-attention beside ours."""
-    names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
+    names = _contenders(rows)
     cells = [
         [f"{row['operator']}, {row['batch']} x {row['length']:,}", *_both_times(row, names)]
         for row in rows
@@ -224,16 +224,27 @@ def _peers(rows: list[dict[str, Any]]) -> common.Table:
     return common.Table("layers of flash-linear-attention, forward / both", headers, cells)
 
 
+def _contenders(rows: list[dict[str, Any]]) -> list[str]:
+    """Who was measured, and who failed, in the order of appearance."""
+    return list(dict.fromkeys(name for row in rows for name in (*row["ms"], *row["failed"])))
+
+
 def _both_times(row: dict[str, Any], names: list[str]) -> list[str]:
-    return [
-        f"{row['ms'][n]['forward']:.3f} / {row['ms'][n]['both']:.3f} ms" if n in row["ms"] else "-"
-        for n in names
-    ]
+    """Of each contender; why there is none, where it failed."""
+    return [_both_or_why(row["ms"].get(name), row["failed"].get(name)) for name in names]
+
+
+def _both_or_why(ms: dict[str, float] | None, error: str | None) -> str:
+    if ms is not None:
+        return f"{ms['forward']:.3f} / {ms['both']:.3f} ms"
+    if error is None:
+        return "-"
+    return "out of memory" if "out of memory" in error else "failed"
 
 
 def _compressors(rows: list[dict[str, Any]]) -> common.Table:
     """Forward and backward of both compressors, and their share of the copy rate."""
-    names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
+    names = _contenders(rows)
     cells = []
     for row in rows:
         share = row["copy_share"]

@@ -2,8 +2,8 @@
 
 The loop runs with all it has: rows read from a prepared folder, documents apart, metrics to JSON
 lines and TensorBoard, statistics of layers, steps that jump left out; on a GPU bfloat16 and
-compiled. The bare step is forward, backward, clipping and AdamW of the same model on rows that lie
-on the device. Both live in one process and take steps in turns.
+compiled. The bare step is forward, backward, clipping and AdamW of the same model on the same rows,
+which lie on the device. Both live in one process and take steps in turns.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from attamba.display import format_bytes
 
 if TYPE_CHECKING:
     import torch
+
+    from attamba.bench.bare import BareStep
+    from attamba.data import Batch
+    from attamba.train.loop import Loop
 
 PHASES = ("data", "forward", "backward", "optimizer")
 
@@ -112,7 +116,7 @@ def measure(config: RunConfig, device: torch.device, steps: int) -> dict[str, An
     """Figures of one row; `config` gets the device, and a folder and a text for the time being."""
     import torch
 
-    from attamba.bench.bare import bare_step, write_text
+    from attamba.bench.bare import BareStep, write_text
     from attamba.models.accounting import n_parameters
     from attamba.train.loop import open_loop
 
@@ -126,19 +130,16 @@ def measure(config: RunConfig, device: torch.device, steps: int) -> dict[str, An
         config.out, config.data.train = f"{folder}/run", write_text(folder, config)
         held = torch.cuda.memory_allocated(device) if on_cuda else 0
         with open_loop(config) as loop:
-            for _ in range(turn):
-                loop.step()
-            common.synchronize(device)
+            _, batches = _turn_of_loop(loop, turn, device)
             peak = torch.cuda.max_memory_allocated(device) - held if on_cuda else None
-            assert loop.run.batch is not None
-            bare = bare_step(config, loop.run.batch, device)
-            for _ in range(turn):
-                bare()
+            bare = BareStep(config, device)
+            _turn_of_bare(bare, batches, device)
             loop.metrics.records.clear()
             taken: dict[str, list[float]] = {"loop": [], "bare": []}
             for _ in range(-(-steps // turn)):
-                for name, step in (("loop", loop.step), ("bare", bare)):
-                    taken[name].append(_turn(step, turn, device))
+                spent, batches = _turn_of_loop(loop, turn, device)
+                taken["loop"].append(spent)
+                taken["bare"].append(_turn_of_bare(bare, batches, device))
             records = [r for r in loop.metrics.records if r["kind"] == "train"]
     if on_cuda:
         torch.compiler.reset()
@@ -146,14 +147,31 @@ def measure(config: RunConfig, device: torch.device, steps: int) -> dict[str, An
     return figures | {"compile": config.train.compile, "peak_bytes": peak} | _summed(taken, records)
 
 
-def _turn(step: Any, turn: int, device: torch.device) -> float:
-    """Milliseconds of a step, the mean of a turn."""
+def _turn_of_loop(
+    loop: Loop, steps: int, device: torch.device
+) -> tuple[float, list[tuple[Batch, int]]]:
+    """Milliseconds of a step, the mean of so many; and their rows, with the targets that count."""
+    batches: list[Batch] = []
 
-    def steps() -> None:
-        for _ in range(turn):
-            step()
+    def turn() -> None:
+        for _ in range(steps):
+            loop.step()
+            assert loop.run.batch is not None
+            batches.append(loop.run.batch)
 
-    return common.seconds(steps, device) / turn * 1e3
+    spent = common.seconds(turn, device) / steps * 1e3
+    return spent, [(batch, batch.n_scored) for batch in batches]
+
+
+def _turn_of_bare(bare: BareStep, batches: list[tuple[Batch, int]], device: torch.device) -> float:
+    """Milliseconds of a step, the mean over the batches."""
+    sent = [(bare.parts(batch), scored) for batch, scored in batches]
+
+    def turn() -> None:
+        for parts, scored in sent:
+            bare(parts, scored)
+
+    return common.seconds(turn, device) / len(sent) * 1e3
 
 
 def _summed(taken: dict[str, list[float]], records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -71,9 +71,14 @@ def test_reports_of_gpu_results():
     row |= {f"{n}_speedup": times for n in ("cyclic", "head_cyclic")}
     row |= {f"{n}_matrix_share": 0.45 for n in ("cyclic", "head_cyclic")}
     scan = {"scope": "chunk", "batch": 64, "length": 1024, "ms": {"triton": times}}
+    scan["failed"] = {}
     scan["copy_share"] = {"forward": 0.5, "both": 0.25}
-    record |= {"benchmark": "kernels", "compressors": [scan]}
+    peer = {"operator": "mamba2", "batch": 64, "length": 1024, "ms": {"attamba": times}}
+    peers = [peer | {"failed": {"fla": why}} for why in ("CUDA out of memory. Tried", "no such")]
+    record |= {"benchmark": "kernels", "compressors": [scan], "peers": peers}
     text = report.markdown({**record, "rows": [row]})
+    assert "| mamba2, 64 x 1,024 | 1.000 / 3.000 ms | out of memory |" in text
+    assert "| mamba2, 64 x 1,024 | 1.000 / 3.000 ms | failed |" in text
     assert "| chunk, 64 x 1,024 | 1.000 / 3.000 ms | 50% | 25% |" in text
     assert "| 1,024 x 8 heads of 64 | 1.000 ms | 1.000 ms | 1.00 | 1.00 | 45% |" in text
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attamba.bench import loop, report
-from attamba.bench.bare import bare_step, write_text
+from attamba.bench.bare import BareStep, write_text
 from attamba.cli import main
 from attamba.config import RunConfig, from_dict, load_run_config
 from attamba.data import TokenDataset
@@ -30,18 +30,36 @@ def config_of(folder):
     return config
 
 
-def test_the_bare_step_is_the_loop_s_on_the_same_rows(tmp_path, monkeypatch):
-    """The weights after a step are the same, so both do the same work."""
+def test_the_bare_step_is_the_loop_s_on_the_same_rows(tmp_path):
+    """The weights after two steps are the same, so both do the same work."""
+    config = config_of(tmp_path)
+    bare = BareStep(config, torch.device("cpu"))
+    with open_loop(config) as one:
+        for _ in range(2):
+            one.step()
+            bare(bare.parts(one.run.batch), one.run.batch.n_scored)
+        for own, other in zip(one.run.model.parameters(), bare.model.parameters()):
+            assert torch.allclose(own, other, atol=1e-6)
+
+
+def test_both_take_the_same_rows(tmp_path, monkeypatch):
     from attamba.bench import bare
 
-    config, models = config_of(tmp_path), []
-    build = bare.build_model
-    monkeypatch.setattr(bare, "build_model", lambda c: models.append(build(c)) or models[-1])
-    with open_loop(config) as one:
-        one.step()
-        bare_step(config, one.run.batch, torch.device("cpu"))()
-        for own, other in zip(one.run.model.parameters(), models[0].parameters()):
-            assert torch.allclose(own, other, atol=1e-6)
+    seen = []
+    step = bare.BareStep.__call__
+
+    def seeing(self, parts, scored):
+        seen.append(torch.cat([rows.inputs for rows in parts]))
+        step(self, parts, scored)
+
+    monkeypatch.setattr(bare.BareStep, "__call__", seeing)
+    config = config_of(tmp_path)
+    config.train.steps, config.train.log_every, config.train.save_every = 99, 3, 0
+    loop.measure(config, torch.device("cpu"), 6)
+    (tmp_path / "again").mkdir()
+    with open_loop(config_of(tmp_path / "again")) as one:
+        wanted = [torch.from_numpy(one.run.sources.train.batch(i).inputs) for i in range(9)]
+    assert len(seen) == 9 and all(map(torch.equal, seen, wanted))
 
 
 def test_the_text_has_documents_shorter_and_longer_than_a_row(tmp_path):
