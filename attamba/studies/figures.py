@@ -15,9 +15,11 @@ from attamba.studies.tables import (
     REFERENCE,
     Row,
     Told,
+    above,
     at_position,
     at_setting,
     dial_of,
+    paper_above,
     position_edges,
     settings_of,
 )
@@ -136,29 +138,49 @@ def memory(told: Told, path: Path, *, score: str, key: str) -> None:
 
 
 def beside_paper(told: Told, path: Path, *, score: str) -> None:
-    """The paper's perplexities beside ours, each on its own axis: other text, other tokenizer."""
+    """Ours beside the paper's, each on its own axis, for text and tokenizer are others.
+
+    How far perplexities are above the transformer's; themselves where a study has none.
+    """
     rows = [row for row in told.rows if row.paper]
+    reference = next((row for row in rows if row.variant == REFERENCE and row.results), None)
     height = 1.2 + 0.32 * len(rows)
     with _figure(path, (9.2, height), panels=2) as (left, right):
-        _bars(left, rows, [row.mean(score, "perplexity") for row in rows], plots.COLOURS["attamba"])
+        if reference is None:
+            ours = [row.mean(score, "perplexity") for row in rows]
+            theirs = [row.paper["perplexity"] for row in rows]
+            form, label = "{:.2f}", "perplexity per token"
+        else:
+            ours = [_percent(above(row, reference, score)) for row in rows]
+            theirs = [_percent(paper_above(row.paper, reference.paper)) for row in rows]
+            form, label = "{:+.1f}%", f"perplexity above the {REFERENCE}'s (%)"
+        _bars(left, ours, form, plots.COLOURS["attamba"])
         left.set_title(f"here: {score}", loc="left")
         left.set_yticks(range(len(rows)), [row.variant for row in rows])
-        _bars(right, rows, [row.paper["perplexity"] for row in rows], PAPER_COLOUR)
+        _bars(right, theirs, form, PAPER_COLOUR)
         right.set_title("paper: WikiText-2", loc="left")
         right.set_yticks([])
+        for ax in (left, right):
+            ax.set_xlabel(label)
 
 
-def _bars(ax: Axes, rows: list[Row], values: list[float | None], colour: str) -> None:
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _bars(ax: Axes, values: list[float | None], form: str, colour: str) -> None:
+    """A bar and its value in each line, from the top."""
+    known = [value for value in values if value is not None]
+    # Where nothing is below zero the axis begins there; labels stand to the right of their bars.
+    low, high = min(*known, 0), max(*known, 0)
+    ax.set_xlim(1.05 * low, high + 0.15 * (high - low or 1))
     for y, value in enumerate(values):
         if value is None:
             ax.text(0, y, f" {MISSING}", va="center", color=plots.FAINT)
             continue
         ax.barh(y, value, color=colour, height=0.7)
-        ax.text(value, y, f" {value:.2f}", va="center", fontsize=8)
-    ax.set_ylim(len(rows) - 0.4, -0.6)
-    ax.margins(x=0.15)
-    ax.set_xlim(left=0)
-    ax.set_xlabel("perplexity per token")
+        ax.text(max(value, 0), y, f" {form.format(value)}", va="center", fontsize=8)
+    ax.set_ylim(len(values) - 0.4, -0.6)
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(axis="y", length=0)
 

@@ -119,8 +119,7 @@ def _plots(told: Told) -> Iterator[tuple[str, Draw]]:
     for name in told.scores("passkey"):
         yield name, partial(figures.memory, score=name, key="length")
     if sum(bool(row.paper) for row in done) > 1:
-        on = "wikitext2" if "wikitext2" in texts else texts[0]
-        yield "paper", partial(figures.beside_paper, score=on)
+        yield "paper", partial(figures.beside_paper, score=texts[0])
 
 
 def markdown(table: Table) -> str:

@@ -189,10 +189,15 @@ def _paper_cells(paper: dict[str, Any], reference: dict[str, Any]) -> list[str]:
     """The paper's perplexity, how far it is above its transformer's, and its tokens."""
     if not paper:
         return ["", "", ""]
-    ratio = ""
-    if reference and reference is not paper and reference["tokens"] == paper["tokens"]:
-        ratio = f"{100 * (paper['perplexity'] / reference['perplexity'] - 1):+.1f}%"
-    return [f"{paper['perplexity']:.2f}", ratio, _millions(paper["tokens"])]
+    above = paper_above(paper, reference) if reference is not paper else None
+    return [f"{paper['perplexity']:.2f}", _signed(above), _millions(paper["tokens"])]
+
+
+def paper_above(paper: dict[str, Any], reference: dict[str, Any]) -> float | None:
+    """How far the paper's perplexity is above its reference's, of equal tokens; 0.05: 5%."""
+    if not paper or not reference or reference["tokens"] != paper["tokens"]:
+        return None
+    return float(paper["perplexity"] / reference["perplexity"] - 1)
 
 
 def _cost_cells(row: Row) -> list[str]:
@@ -214,15 +219,21 @@ def _speed_cells(row: Row) -> list[str]:
 
 
 def _against(row: Row, reference: Row | None, score: str) -> str:
-    """How far a perplexity is above the reference's, in percent; over the seeds that both have."""
-    if reference is None or row is reference:
-        return ""
+    """How far a perplexity is above the reference's, in percent."""
+    return "" if reference is None or row is reference else _signed(above(row, reference, score))
+
+
+def above(row: Row, reference: Row, score: str) -> float | None:
+    """How far a perplexity is above the reference's, over the seeds that both have; 0.05: 5%."""
     here, there = (r.by_seed(score, "perplexity") for r in (row, reference))
     both = here.keys() & there.keys()
     if not both:
-        return ""
-    ratio = sum(here[seed] for seed in both) / sum(there[seed] for seed in both)
-    return f"{100 * (ratio - 1):+.1f}%"
+        return None
+    return sum(here[seed] for seed in both) / sum(there[seed] for seed in both) - 1
+
+
+def _signed(share: float | None) -> str:
+    return "" if share is None else f"{share:+.1%}"
 
 
 def _score(row: Row, score: str, figure: str, digits: int) -> str:
