@@ -16,14 +16,18 @@ from attamba.train.optim import build_optimizer
 
 
 class BareStep:
-    """Forward, backward, clipping and AdamW of a fresh model, and nothing else."""
+    """Forward, backward, clipping and AdamW of a fresh model, and nothing else.
+
+    Kernel by kernel, without CUDA graphs; P is the model's own, also where training draws it.
+    """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         torch.manual_seed(config.train.seed)
         self.config, self.device = config, device
         self.model = build_model(config.model).to(device).train()
-        compile = torch.compile if config.train.compile else lambda function: function
-        self._forward, self._nats = compile(self.model), compile(losses.nats)
+        compiled = config.train.compile
+        self._forward = torch.compile(self.model) if compiled else self.model
+        self._nats = torch.compile(losses.nats) if compiled else losses.nats
         self._optimizer = build_optimizer(self.model, config.optim)
         self._limit = config.optim.grad_clip or math.inf
         self._rows = config.data.batch_size // config.train.accumulate

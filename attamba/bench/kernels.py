@@ -217,7 +217,7 @@ def _peers(rows: list[dict[str, Any]]) -> common.Table:
     """Layers of flash-linear-attention beside ours."""
     names = _contenders(rows)
     cells = [
-        [f"{row['operator']}, {row['batch']} x {row['length']:,}", *_both_times(row, names)]
+        [f"{row['operator']}, {row['batch']} x {row['length']:,}", *_cells(row, names)]
         for row in rows
     ]
     headers = ["operator, tokens", *(f"{n}: forward / both" for n in names)]
@@ -229,12 +229,12 @@ def _contenders(rows: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in (*row["ms"], *row["failed"])))
 
 
-def _both_times(row: dict[str, Any], names: list[str]) -> list[str]:
-    """Of each contender; why there is none, where it failed."""
-    return [_both_or_why(row["ms"].get(name), row["failed"].get(name)) for name in names]
+def _cells(row: dict[str, Any], names: list[str]) -> list[str]:
+    """Forward / both of each contender, or that it failed, or "-" where it did not take part."""
+    return [_cell(row["ms"].get(name), row["failed"].get(name)) for name in names]
 
 
-def _both_or_why(ms: dict[str, float] | None, error: str | None) -> str:
+def _cell(ms: dict[str, float] | None, error: str | None) -> str:
     if ms is not None:
         return f"{ms['forward']:.3f} / {ms['both']:.3f} ms"
     if error is None:
@@ -249,7 +249,7 @@ def _compressors(rows: list[dict[str, Any]]) -> common.Table:
     for row in rows:
         share = row["copy_share"]
         cells.append(
-            [f"{row['scope']}, {row['batch']} x {row['length']:,}", *_both_times(row, names)]
+            [f"{row['scope']}, {row['batch']} x {row['length']:,}", *_cells(row, names)]
             + [f"{share[part]:.0%}" if part in share else "-" for part in ("forward", "both")]
         )
     headers = ["scope, tokens", *(f"{n}: forward / both" for n in names)]

@@ -138,28 +138,35 @@ def memory(told: Told, path: Path, *, score: str, key: str) -> None:
 
 
 def beside_paper(told: Told, path: Path, *, score: str) -> None:
-    """Ours beside the paper's, each on its own axis, for text and tokenizer are others.
+    """Ours beside the paper's: how far perplexities are above the transformer's, on one scale.
 
-    How far perplexities are above the transformer's; themselves where a study has none.
+    Where a study has no transformer, perplexities themselves, each on its own axis: text and
+    tokenizer are others.
     """
     rows = [row for row in told.rows if row.paper]
     reference = next((row for row in rows if row.variant == REFERENCE and row.results), None)
-    height = 1.2 + 0.32 * len(rows)
-    with _figure(path, (9.2, height), panels=2) as (left, right):
-        if reference is None:
-            ours = [row.mean(score, "perplexity") for row in rows]
-            theirs = [row.paper["perplexity"] for row in rows]
-            form, label = "{:.2f}", "perplexity per token"
-        else:
-            ours = [_percent(above(row, reference, score)) for row in rows]
-            theirs = [_percent(paper_above(row.paper, reference.paper)) for row in rows]
-            form, label = "{:+.1f}%", f"perplexity above the {REFERENCE}'s (%)"
+    if reference is None:
+        ours = [row.mean(score, "perplexity") for row in rows]
+        theirs = [row.paper["perplexity"] for row in rows]
+        form, label = "{:.2f}", "perplexity per token"
+    else:
+        ours = [_percent(above(row, reference, score)) for row in rows]
+        theirs = [_percent(paper_above(row.paper, reference.paper)) for row in rows]
+        form, label = "{:+.1f}%", f"perplexity above the {REFERENCE}'s (%)"
+    with _figure(path, (9.2, 1.2 + 0.32 * len(rows)), panels=2) as (left, right):
         _bars(left, ours, form, plots.COLOURS["attamba"])
+        for y, row in enumerate(rows):
+            if not row.results:
+                left.text(0, y, f" {MISSING}", va="center", color=plots.FAINT)
         left.set_title(f"here: {score}", loc="left")
         left.set_yticks(range(len(rows)), [row.variant for row in rows])
         _bars(right, theirs, form, PAPER_COLOUR)
         right.set_title("paper: WikiText-2", loc="left")
         right.set_yticks([])
+        if reference is not None:
+            limits = [limit for ax in (left, right) for limit in ax.get_xlim()]
+            left.set_xlim(min(limits), max(limits))
+            right.set_xlim(min(limits), max(limits))
         for ax in (left, right):
             ax.set_xlabel(label)
 
@@ -168,18 +175,16 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def _bars(ax: Axes, values: list[float | None], form: str, colour: str) -> None:
-    """A bar and its value in each line, from the top."""
-    known = [value for value in values if value is not None]
-    # Where nothing is below zero the axis begins there; labels stand to the right of their bars.
-    low, high = min(*known, 0), max(*known, 0)
-    ax.set_xlim(1.05 * low, high + 0.15 * (high - low or 1))
+def _bars(ax: Axes, values: Sequence[float | None], form: str, colour: str) -> None:
+    """A bar and its value in each line, from the top; none where there is no value."""
     for y, value in enumerate(values):
-        if value is None:
-            ax.text(0, y, f" {MISSING}", va="center", color=plots.FAINT)
-            continue
-        ax.barh(y, value, color=colour, height=0.7)
-        ax.text(max(value, 0), y, f" {form.format(value)}", va="center", fontsize=8)
+        if value is not None:
+            ax.barh(y, value, color=colour, height=0.7)
+            ax.text(max(value, 0), y, f" {form.format(value)}", va="center", fontsize=8)
+    # Where nothing is below zero the axis begins there; labels stand to the right of their bars.
+    known = [0.0, *(value for value in values if value is not None)]
+    low, high = min(known), max(known)
+    ax.set_xlim(1.05 * low, high + 0.15 * (high - low or 1))
     ax.set_ylim(len(values) - 0.4, -0.6)
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(axis="y", length=0)

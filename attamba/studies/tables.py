@@ -189,8 +189,8 @@ def _paper_cells(paper: dict[str, Any], reference: dict[str, Any]) -> list[str]:
     """The paper's perplexity, how far it is above its transformer's, and its tokens."""
     if not paper:
         return ["", "", ""]
-    above = paper_above(paper, reference) if reference is not paper else None
-    return [f"{paper['perplexity']:.2f}", _signed(above), _millions(paper["tokens"])]
+    ratio = "" if reference is paper else _signed(paper_above(paper, reference))
+    return [f"{paper['perplexity']:.2f}", ratio, _millions(paper["tokens"])]
 
 
 def paper_above(paper: dict[str, Any], reference: dict[str, Any]) -> float | None:

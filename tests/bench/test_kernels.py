@@ -75,10 +75,12 @@ def test_reports_of_gpu_results():
     scan["copy_share"] = {"forward": 0.5, "both": 0.25}
     peer = {"operator": "mamba2", "batch": 64, "length": 1024, "ms": {"attamba": times}}
     peers = [peer | {"failed": {"fla": why}} for why in ("CUDA out of memory. Tried", "no such")]
+    peers.append({**peer, "operator": "other", "failed": {}})
     record |= {"benchmark": "kernels", "compressors": [scan], "peers": peers}
     text = report.markdown({**record, "rows": [row]})
     assert "| mamba2, 64 x 1,024 | 1.000 / 3.000 ms | out of memory |" in text
     assert "| mamba2, 64 x 1,024 | 1.000 / 3.000 ms | failed |" in text
+    assert "| other, 64 x 1,024 | 1.000 / 3.000 ms | - |" in text
     assert "| chunk, 64 x 1,024 | 1.000 / 3.000 ms | 50% | 25% |" in text
     assert "| 1,024 x 8 heads of 64 | 1.000 ms | 1.000 ms | 1.00 | 1.00 | 45% |" in text
 

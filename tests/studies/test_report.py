@@ -1,6 +1,7 @@
 """Reports from the result files of tiny runs: numbers from the files, and nothing invented."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -27,6 +28,7 @@ NUMBERS = {
     "runs": {
         "p": {"perplexity": 33.5, "tokens": 1_000_000},
         "q": {"perplexity": 30.0, "tokens": 1},
+        "r": {"perplexity": 40.0, "tokens": 1_000_000},
     },
 }
 
@@ -83,6 +85,36 @@ def test_a_report_holds_the_results_numbers(done, place, tmp_path):
         assert f"main-little-{name}.svg" in names
     for path in written[1:]:
         assert path.read_text(encoding="utf-8").startswith("<?xml") and path.name in page
+
+
+def test_the_plot_beside_the_paper(done, make_study, place, tmp_path):
+    """Percent above the transformer, also below it; perplexities where there is none."""
+
+    def labels(name):
+        folder = tmp_path / name
+        write_report("paper", tmp_path / "recipes", place.results, folder)
+        return {
+            path.name: [text.strip() for text in re.findall("<!-- (.*?) -->", path.read_text())]
+            for path in folder.glob("*-paper.svg")
+        }
+
+    def alike(name, variants, paper):
+        """A study of runs that have been made."""
+        make_study(name, variants=variants, scores=done.scores, paper=paper, report=["paper"])
+
+    chunks, transformer = done.variants["chunks"], done.variants["transformer"]
+    one = {"chunks": chunks, "late": {}, "transformer": transformer}
+    alike("one", one, {"chunks": "p", "late": "q", "transformer": "r"})
+    two = {"chunks": chunks, "late": {}, "other": transformer}
+    alike("two", two, {"chunks": "p", "late": "q", "other": "r"})
+    drawn = labels("report")
+    results = {r.path.stem: r for r in map(read_result, (place.results / "little").iterdir())}
+    ours, theirs = (results[f"{n}-s0"].scores["books"] for n in ("chunks", "transformer"))
+    relative, plain = drawn["paper-one-paper.svg"], drawn["paper-two-paper.svg"]
+    assert f"{100 * (ours['perplexity'] / theirs['perplexity'] - 1):+.1f}%" in relative
+    assert "-16.2%" in relative and "33.50" not in relative  # 33.5 / 40
+    assert "-25.0%" not in relative  # 30 / 40, after other numbers of tokens
+    assert "33.50" in plain and "30.00" in plain and "40.00" in plain and "not run" in plain
 
 
 def test_a_report_shows_what_another_study_has_run(done, make_study, place, tmp_path):

@@ -86,9 +86,9 @@ def part_of(whole: Span, ranks: RowRanks) -> Span:
     assert whole.mask is None and whole.offsets is None
     # Copies: as inputs of a compiled graph, views bring along the sizes of what they are views of.
     tokens, doc_ids = (
-        None if t is None else ranks.own(t).contiguous() for t in (whole.tokens, whole.doc_ids)
+        None if t is None else ranks.own(t).clone() for t in (whole.tokens, whole.doc_ids)
     )
-    positions = ranks.own(whole.positions).contiguous()
+    positions = ranks.own(whole.positions).clone()
     return Span(positions, tokens, doc_ids, draw=whole.draw, ranks=ranks, whole=whole)
 
 
