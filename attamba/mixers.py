@@ -74,6 +74,9 @@ class AttambaMixer:
     """S, heads of compressor ssm; divides ssm_dim."""
     conv_width: int = 4
     """Taps of compressor ssm's causal convolution, the current token's included."""
+    ssm_init: float = 1.0
+    """Size of compressor ssm's output when training begins: 1 for about that of the token itself
+    (as in arXiv 2411.17685), 0 for keys and values that begin as the token's own."""
     gate_positions: int = 8
     """First tokens of a chunk with a learned bias of their own in compressor gated; those that
     follow share the last one's."""
@@ -89,6 +92,7 @@ class AttambaMixer:
             )
         for name in ("state_dim", "ssm_heads", "conv_width", "gate_positions"):
             at_least(getattr(self, name), 1, f"{where}.{name}")
+        at_least(self.ssm_init, 0, f"{where}.ssm_init")
         heads, width = self.n_kv_heads or self.n_heads, self.head_dim or dim // self.n_heads
         if not self.kv_proj and heads * width != dim:
             raise ConfigError(
@@ -250,7 +254,7 @@ def attends(mixer: Mixer) -> TypeGuard[AttambaMixer | TransformerMixer]:
     return isinstance(mixer, (AttambaMixer, TransformerMixer))
 
 
-def at_least(value: int, least: int, name: str, extra: str = "") -> None:
+def at_least(value: float, least: int, name: str, extra: str = "") -> None:
     """Raises ConfigError where a number is too small."""
     if value < least:
         raise ConfigError(f"{name}={value} must be at least {least}{extra}")

@@ -66,6 +66,7 @@ def attamba_mixers(draw, scopes=("chunk", "sequence", "strided"), policies=POLIC
         "state_dim": 4,
         "ssm_heads": 2,
         "conv_width": draw(st.sampled_from([1, 4])),
+        "ssm_init": draw(st.sampled_from([0.5, 1.0])),
     }
 
 

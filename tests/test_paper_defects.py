@@ -177,6 +177,7 @@ FLIPS: dict[type, dict[str, Any]] = {
         "ssm_dim": 12,
         "ssm_heads": 4,
         "conv_width": 2,
+        "ssm_init": 0.0,
         "gate_positions": 3,
     },
     Mamba2Mixer: {

@@ -285,4 +285,5 @@ def _compressors(
         config.conv_width,
         norm_eps,
         config.backend,
+        config.ssm_init,
     )

@@ -47,7 +47,9 @@ class Compressors(nn.Module):
         conv_width: int,
         norm_eps: float,
         backend: str,
+        init: float = 1.0,
     ) -> None:
+        """init: size of the outputs when training begins, times that of the inputs; about."""
         super().__init__()
         self.ssm_dim, self.state_dim, self.n_heads = ssm_dim, state_dim, n_heads
         self.conv_width, self.norm_eps, self.backend = conv_width, norm_eps, backend
@@ -66,6 +68,7 @@ class Compressors(nn.Module):
         trunc_normal_(self.out_proj, ssm_dim)
         with torch.no_grad():
             self.A_log.uniform_(0.01, 2.0).log_()
+            self.out_proj.mul_(init)
         for gain in (self.A_log, self.dt_bias, self.D_skip, self.norm_weight):
             gain._no_weight_decay = True  # type: ignore[attr-defined]
 
