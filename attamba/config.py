@@ -396,8 +396,8 @@ def override_model(config: ModelConfig, overrides: dict[str, Any]) -> ModelConfi
     return changed
 
 
-WOVEN = ("n_heads", "ssm_heads", "n_blocks")
-"""Fields of mixers by which weights of the same shapes mean something else."""
+WOVEN = ("n_heads", "ssm_heads", "n_blocks", "ssm_init")
+"""Fields of mixers by which weights of the same shapes mean something else, or began as such."""
 
 
 def _check_chunk_sizes(sizes: list[int], mixers: list[Mixer]) -> None:

@@ -147,10 +147,8 @@ def measure(config: RunConfig, device: torch.device, steps: int) -> dict[str, An
     return figures | {"compile": config.train.compile, "peak_bytes": peak} | _summed(taken, records)
 
 
-def _turn_of_loop(
-    loop: Loop, steps: int, device: torch.device
-) -> tuple[float, list[tuple[Batch, int]]]:
-    """Milliseconds of a step, the mean of so many; and their rows, with the targets that count."""
+def _turn_of_loop(loop: Loop, steps: int, device: torch.device) -> tuple[float, list[Batch]]:
+    """Milliseconds of a step, the mean of so many; and their rows."""
     batches: list[Batch] = []
 
     def turn() -> None:
@@ -159,13 +157,12 @@ def _turn_of_loop(
             assert loop.run.batch is not None
             batches.append(loop.run.batch)
 
-    spent = common.seconds(turn, device) / steps * 1e3
-    return spent, [(batch, batch.n_scored) for batch in batches]
+    return common.seconds(turn, device) / steps * 1e3, batches
 
 
-def _turn_of_bare(bare: BareStep, batches: list[tuple[Batch, int]], device: torch.device) -> float:
+def _turn_of_bare(bare: BareStep, batches: list[Batch], device: torch.device) -> float:
     """Milliseconds of a step, the mean over the batches."""
-    sent = [(bare.parts(batch), scored) for batch, scored in batches]
+    sent = [(bare.parts(batch), batch.n_scored) for batch in batches]
 
     def turn() -> None:
         for parts, scored in sent:

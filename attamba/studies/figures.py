@@ -163,12 +163,11 @@ def beside_paper(told: Told, path: Path, *, score: str) -> None:
         _bars(right, theirs, form, PAPER_COLOUR)
         right.set_title("paper: WikiText-2", loc="left")
         right.set_yticks([])
-        if reference is not None:
-            limits = [limit for ax in (left, right) for limit in ax.get_xlim()]
-            left.set_xlim(min(limits), max(limits))
-            right.set_xlim(min(limits), max(limits))
+        limits = [*left.get_xlim(), *right.get_xlim()]
         for ax in (left, right):
             ax.set_xlabel(label)
+            if reference is not None:
+                ax.set_xlim(min(limits), max(limits))
 
 
 def _percent(share: float | None) -> float | None:
