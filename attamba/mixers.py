@@ -74,7 +74,7 @@ class AttambaMixer:
     """S, heads of compressor ssm; divides ssm_dim."""
     conv_width: int = 4
     """Taps of compressor ssm's causal convolution, the current token's included."""
-    ssm_init: float = 1.0
+    ssm_init: float = 0.1
     """Size of compressor ssm's output when training begins: 1 for about that of the token itself
     (as in arXiv 2411.17685), 0 for keys and values that begin as the token's own."""
     gate_positions: int = 8
