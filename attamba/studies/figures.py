@@ -137,6 +137,17 @@ def memory(told: Told, path: Path, *, score: str, key: str) -> None:
         _finish(ax, what, f"{score}: share found (%)")
 
 
+def copying(told: Told, path: Path, *, score: str) -> None:
+    """Nats per token of passages read again, against the tokens between."""
+    gaps = settings_of(told, score, "gap")
+    with _figure(path) as ax:
+        for row, looks in zip(told.rows, _looks(told.rows)):
+            ys = [at_setting(row, score, "gap", gap, "again") for gap in gaps]
+            _line(ax, [(x, y) for x, y in enumerate(ys) if y is not None], looks, row.variant)
+        ax.set_xticks(range(len(gaps)), [f"{gap:,}" for gap in gaps])
+        _finish(ax, "tokens between the two readings", f"{score}: nats per token, read again")
+
+
 def beside_paper(told: Told, path: Path, *, score: str) -> None:
     """Ours beside the paper's: how far perplexities are above the transformer's, on one scale.
 

@@ -1,4 +1,4 @@
-"""How much a model remembers: recall of pairs by distance, a pass key by length and place.
+"""How much a model remembers: passages read again, pairs by distance, a pass key by place.
 
 Shapes: B rows, T tokens, d model width, V vocabulary.
 """
@@ -6,27 +6,92 @@ Shapes: B rows, T tokens, d model width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from attamba.config import ConfigError
 from attamba.data.generated import GeneratedRows, Passkey, Recall, at_gap, make_task
 from attamba.data.loader import UNSCORED, Batch
 from attamba.dial import redial
 from attamba.evaluate import PIECE
+from attamba.studies.scores import UNTOLD
 
 if TYPE_CHECKING:
     from attamba.config import RunConfig
+    from attamba.data import TokenizedDocument
     from attamba.models import Decoder
-    from attamba.studies.scores import PasskeyScore, RecallScore
+    from attamba.studies.scores import CopyScore, PasskeyScore, RecallScore
 
 WHOLE = 4096
 """Rows up to this length go through the model at once, longer ones through its cache."""
 DEPTHS = 5
 """Parts of a row by which a pass key's place is told."""
+
+
+def copying(
+    model: Decoder, documents: Sequence[TokenizedDocument], score: CopyScore
+) -> dict[str, Any]:
+    """Nats per token of passages, read first and read again after a gap: what follows in the text.
+
+    What a model has of the text at hand, and what of its training, differs in these two: a model
+    that copies reads the passage again at next to nothing, one that cannot look back that far at
+    what it cost the first time.
+
+    Rows are the same for every model. Raises ConfigError where no document is long enough.
+    """
+    device, settings = model.embed.weight.device, []
+    for gap in score.gaps:
+        rows = _read_twice(documents, score, gap)
+        first, again = (
+            np.arange(UNTOLD, score.passage) + begin for begin in (0, score.passage + gap)
+        )
+        nats = []
+        for begin in range(0, score.rows, score.batch_size):
+            ids = torch.from_numpy(rows[begin : begin + score.batch_size]).to(device)
+            nats.append(_nats_at(model, ids, np.concatenate([first, again])))
+        both = np.concatenate(nats).mean(0)
+        settings.append(
+            {
+                "gap": gap,
+                "n": score.rows * len(first),
+                "first": float(both[: len(first)].mean()),
+                "again": float(both[len(first) :].mean()),
+            }
+        )
+    return {"settings": settings}
+
+
+def _read_twice(documents: Sequence[TokenizedDocument], score: CopyScore, gap: int) -> np.ndarray:
+    """A passage, the `gap` tokens after it, the passage; int64 [rows, 2 * passage + gap]."""
+    size = score.passage + gap
+    texts = [document.tokens for document in documents if len(document.tokens) >= size]
+    if not texts:
+        raise ConfigError(
+            f"a copy score with passages of {score.passage} tokens and gap {gap} needs a document "
+            f"of {size} tokens, and there is none; give longer texts or smaller gaps"
+        )
+    draw = np.random.default_rng([score.passage, gap])
+    rows = []
+    for _ in range(score.rows):
+        text = texts[draw.integers(len(texts))]
+        start = draw.integers(len(text) - size + 1)
+        part = text[start : start + size]
+        rows.append(np.concatenate([part, part[: score.passage]]))
+    return np.stack(rows)
+
+
+@torch.inference_mode()
+def _nats_at(model: Decoder, ids: torch.Tensor, places: np.ndarray) -> np.ndarray:
+    """Nats of the tokens at these places (not the first) of every row, float32 [B, places]."""
+    before = torch.zeros_like(ids, dtype=torch.bool)
+    before[:, places - 1] = True
+    logits = model.head(_hidden(model, ids, before)).float()
+    nats = F.cross_entropy(logits, ids[:, places].flatten(), reduction="none")
+    return nats.view(len(ids), -1).cpu().numpy()
 
 
 def recall(model: Decoder, config: RunConfig, score: RecallScore) -> dict[str, Any]:

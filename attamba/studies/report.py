@@ -14,6 +14,7 @@ from attamba.studies.results import Shelf
 from attamba.studies.tables import (
     Table,
     Told,
+    copy_table,
     dial_table,
     made_with,
     memory_table,
@@ -78,6 +79,9 @@ def _section(told: Told, out: Path, stem: str, written: list[Path]) -> Iterator[
         yield made_with(told)
     if told.scores("text"):
         yield markdown(quality_table(told))
+    for name in told.scores("copy"):
+        yield f"**{name}**, nats per token of passages, read first and again after a gap"
+        yield markdown(copy_table(told, name))
     for name in told.scores("recall") + told.scores("passkey"):
         yield f"**{name}**, share found"
         yield markdown(memory_table(told, name))
@@ -114,6 +118,8 @@ def _plots(told: Told) -> Iterator[tuple[str, Draw]]:
             yield f"{name}-position", partial(figures.position, score=name)
     for name in told.scores("dial"):
         yield name, partial(figures.dial, score=name)
+    for name in told.scores("copy"):
+        yield name, partial(figures.copying, score=name)
     for name in told.scores("recall"):
         yield name, partial(figures.memory, score=name, key="gap")
     for name in told.scores("passkey"):

@@ -1,4 +1,4 @@
-"""What a run is scored by: text, a dial of test-time settings, recall, a hidden pass key.
+"""What a run is scored by: text, a dial of settings, passages read twice, recall, a pass key.
 
 A recipe names scores and their options: {books: {kind: text, data: valid, context: 1024}}. Each
 gives plain numbers for a result file.
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from attamba.config import ConfigError, did_you_mean, from_dict
+from attamba.mixers import at_least
 
 if TYPE_CHECKING:
     from attamba.config import RunConfig
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from attamba.models import Decoder
 
 TINY_CONTEXT, TINY_TOKENS, TINY_ROWS = 64, 256, 4
+UNTOLD = 8
+"""First tokens of a passage that is read again: they tell that it is."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,34 @@ class DialScore:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CopyScore:
+    """Loss on passages that are read twice, by the tokens in between; see memory.copying."""
+
+    kind: Literal["copy"] = "copy"
+    data: str = "valid"
+    """As for text."""
+    passage: int = 64
+    """Tokens of a passage, of which the first UNTOLD are not scored."""
+    gaps: list[int] = field(default_factory=lambda: [64, 192, 448, 896])
+    """Tokens of the text between the two readings; rows have as many and two passages."""
+    rows: int = 512
+    """Rows of each gap."""
+    batch_size: int = 32
+    """Rows at a time."""
+
+    def at_tiny_scale(self) -> CopyScore:
+        return replace(self, passage=12, gaps=[4, 16], rows=TINY_ROWS)
+
+    def tokens(self, data: Path) -> int:
+        return sum(2 * self.passage + gap for gap in self.gaps) * self.rows
+
+    def measure(self, subject: Subject) -> dict[str, Any]:
+        from attamba.studies.memory import copying
+
+        return copying(subject.model, list(_documents(subject, self.data, None)), self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecallScore:
     """Share of values recalled, by the distance to the pair, at several gaps and P."""
 
@@ -186,10 +217,11 @@ class PasskeyScore:
         return passkey(subject.model, subject.config, self)
 
 
-Score = TextScore | DialScore | RecallScore | PasskeyScore
-KINDS: dict[str, type[TextScore] | type[DialScore] | type[RecallScore] | type[PasskeyScore]] = {
+Score = TextScore | DialScore | CopyScore | RecallScore | PasskeyScore
+KINDS: dict[str, type[Score]] = {
     "text": TextScore,
     "dial": DialScore,
+    "copy": CopyScore,
     "recall": RecallScore,
     "passkey": PasskeyScore,
 }
@@ -204,7 +236,10 @@ def make_score(spec: dict[str, Any], where: str) -> Score:
             f"{where}.kind={kind!r} is no kind of score (there are: {there})"
             f"{did_you_mean(kind, KINDS)}"
         )
-    return from_dict(KINDS[kind], spec, where)
+    score = from_dict(KINDS[kind], spec, where)
+    if isinstance(score, CopyScore):
+        at_least(score.passage, UNTOLD + 1, f"{where}.passage", "; the first 8 do not count")
+    return score
 
 
 def check_scores(specs: Any) -> None:

@@ -306,12 +306,30 @@ def memory_table(told: Told, score: str) -> Table:
     head = ["model", "runs", "cache", *(f"{key} {value:,}" for value in settings)]
     body = []
     for row in told.rows:
-        cache = "" if row.cache_bytes is None else format_bytes(row.cache_bytes)
         shares = [at_setting(row, score, key, value, "accuracy") for value in settings]
         cells = ["" if share is None else f"{100 * share:.1f}%" for share in shares]
         cells = cells if row.results else [MISSING, *[""] * (len(settings) - 1)]
-        body.append([row.variant, f"{len(row.results)} of {row.n_seeds}", cache, *cells])
+        body.append([*_begin(row), *cells])
     return head, body
+
+
+def copy_table(told: Told, score: str) -> Table:
+    """Nats per token of passages: read first (the mean over the gaps), and again after each gap."""
+    gaps = settings_of(told, score, "gap")
+    head = ["model", "runs", "cache", "first", *(f"gap {gap:,}" for gap in gaps)]
+    body = []
+    for row in told.rows:
+        first = [at_setting(row, score, "gap", gap, "first") for gap in gaps]
+        known = [nats for nats in first if nats is not None]
+        again = [at_setting(row, score, "gap", gap, "again") for gap in gaps]
+        cells = [_digits(nats, 3) for nats in (statistics.fmean(known) if known else None, *again)]
+        body.append([*_begin(row), *(cells if row.results else [MISSING, *[""] * len(gaps)])])
+    return head, body
+
+
+def _begin(row: Row) -> list[str]:
+    cache = "" if row.cache_bytes is None else format_bytes(row.cache_bytes)
+    return [row.variant, f"{len(row.results)} of {row.n_seeds}", cache]
 
 
 def settings_of(told: Told, score: str, key: str) -> list[int]:

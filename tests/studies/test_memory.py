@@ -7,9 +7,10 @@ from torch import nn
 
 import attamba
 from attamba.config import ConfigError, RunConfig, from_dict
+from attamba.data import TokenizedDocument
 from attamba.data.generated import GeneratedRows, make_task
 from attamba.studies import memory
-from attamba.studies.scores import PasskeyScore, RecallScore
+from attamba.studies.scores import CopyScore, PasskeyScore, RecallScore, make_score
 
 TASK = {"type": "recall", "pairs": 4, "n_keys": 8, "n_values": 8}
 
@@ -54,6 +55,64 @@ def test_recall_is_counted_by_distance():
     assert 0 < near[0]["accuracy"] < 1 and near[1]["accuracy"] < near[0]["accuracy"]
     for bucket in near[0]["by_distance"]:  # the oracle looks 16 tokens back from the key
         assert bucket["accuracy"] == (1.0 if bucket["stop"] <= 16 else 0.0)
+
+
+class Copyist(nn.Module):
+    """Sure of what followed the last two tokens if they stood together within its reach."""
+
+    def __init__(self, reach: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(256, 1)
+        self.head = nn.Identity()
+        self.reach = reach
+
+    def forward(self, ids, return_hidden=False):
+        logits = torch.zeros(*ids.shape, 256)
+        for row, tokens in enumerate(ids.tolist()):
+            for t in range(1, len(tokens)):
+                for s in range(max(1, t - self.reach), t):
+                    if tokens[s - 1 : s + 1] == tokens[t - 1 : t + 1]:
+                        logits[row, t, tokens[s + 1]] = 100
+        return logits
+
+
+def _texts(*lengths):
+    draw = np.random.default_rng(0)
+    return [TokenizedDocument(draw.integers(0, 256, n), n, 1, "") for n in lengths]
+
+
+def test_a_passage_read_again_costs_nothing_within_reach_and_as_much_as_before_beyond():
+    score = CopyScore(passage=20, gaps=[10, 60], rows=5, batch_size=2)
+    texts = _texts(100, 30, 300)
+    near, far = memory.copying(Copyist(40), texts, score)["settings"]
+    new = np.log(256)
+    assert (near["gap"], far["gap"]) == (10, 60) and near["n"] == 5 * 12
+    assert near["first"] == pytest.approx(new) and near["again"] == pytest.approx(0, abs=1e-6)
+    assert far["first"] == pytest.approx(new) and far["again"] == pytest.approx(new)
+    everything = memory.copying(Copyist(80), texts, score)["settings"]
+    assert everything[1]["again"] == pytest.approx(0, abs=1e-6)
+    assert memory.copying(Copyist(40), texts, score)["settings"] == [near, far]
+
+
+def test_what_stands_between_two_readings_is_what_follows_in_the_text():
+    texts = _texts(90, 50, 70)  # the second is too short
+    rows = memory._read_twice(texts, CopyScore(passage=20, rows=30), 40)
+    assert rows.shape == (30, 80) and (rows[:, :20] == rows[:, 60:]).all()
+    starts = {
+        (i, start)
+        for row in rows
+        for i, text in enumerate(texts)
+        for start in range(len(text.tokens) - 59)
+        if (text.tokens[start : start + 60] == row[:60]).all()
+    }
+    assert len(starts) > 15 and {i for i, _ in starts} == {0, 2}
+
+
+def test_passages_need_a_document_that_is_long_enough():
+    with pytest.raises(ConfigError, match=r"gap 60 needs a document of 80 tokens, .* is none"):
+        memory.copying(Copyist(1), _texts(79, 50), CopyScore(passage=20, gaps=[60]))
+    with pytest.raises(ConfigError, match=r"s\.passage=8 must be at least 9"):
+        make_score({"kind": "copy", "passage": 8}, "s")
 
 
 def test_distances_by_hand():

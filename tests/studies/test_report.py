@@ -22,6 +22,7 @@ SCORES = {
     "wikitext2": {**BOOKS, "data": "wikitext2"},
     "whole": {**BOOKS, "context": None, "document_tokens": 100},
     "dial": {"kind": "dial", "values": [2, 4], "context": 32, "max_tokens": 100},
+    "copying": {"kind": "copy", "passage": 12, "gaps": [4, 20], "rows": 3},
 }
 NUMBERS = {
     "source": "a paper",
@@ -36,7 +37,8 @@ NUMBERS = {
 def _rows(page: str, title: str) -> dict[str, list[str]]:
     """The first table after a heading, by first cell."""
     section = page.split(f"## {title}\n")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    table = next(part for part in section.split("\n\n") if part.startswith("| "))
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.strip("| ").split(" |")] for line in lines]
     return {row[0]: row for row in cells}
 
@@ -76,12 +78,18 @@ def test_a_report_holds_the_results_numbers(done, place, tmp_path):
     assert f"{100 * (seeds[0] / theirs - 1):+.1f}%" in rows["chunks"]
     assert rows["chunks"][1] == "2 of 2" and rows["transformer"][1] == "1 of 2"
     assert rows["late"][1:3] == ["0 of 2", "not run"]
+    copied = [results[f"chunks-s{i}"].scores["copying"]["settings"] for i in (0, 1)]
+    first = sum(setting["first"] for run in copied for setting in run) / 4
+    again = [sum(run[i]["again"] for run in copied) / 2 for i in (0, 1)]
+    table = page.split("**copying**")[1].splitlines()
+    assert table[2].startswith("| model | runs | cache | first | gap 4 | gap 20 |")
+    assert table[4].endswith(f"| {first:.3f} | {again[0]:.3f} | {again[1]:.3f} |")
     assert "33.50" in rows["chunks"] and "30.00" in rows["transformer"]
     assert "a paper" in page and "3 of 6 runs are done" in page
     call = results["chunks-s0"].end["calls"][0]
     assert f"Made on {call['device']}; torch {call['torch']}; " in page
     names = [path.name for path in written[1:]]
-    for name in ("quality", "books-position", "whole-position", "dial", "paper"):
+    for name in ("quality", "books-position", "whole-position", "dial", "copying", "paper"):
         assert f"main-little-{name}.svg" in names
     for path in written[1:]:
         assert path.read_text(encoding="utf-8").startswith("<?xml") and path.name in page
