@@ -148,15 +148,15 @@ def test_weights_come_from_the_global_random_state():
 
 
 def test_initial_scale():
-    """Truncated normals of standard deviation fan_in ** -0.5."""
-    model = _model(ATTAMBA, dim=64, vocab_size=400)
+    """Truncated normals, deviation fan_in ** -0.5, for compressors' outputs ssm_init of it."""
+    model = _model({**ATTAMBA, "ssm_init": 0.5}, dim=64, vocab_size=400)
     mixer = model.layers[0].mixer
     fans = {
         model.embed.weight: 64,
         model.head.weight: 64,
         mixer.wq.weight: 64,
         mixer.compressors.in_proj.weight: 64,
-        mixer.compressors.out_proj: 32,
+        mixer.compressors.out_proj: 32 / 0.5**2,
         model.layers[0].ffn.w2.weight: 24,
     }
     for weight, fan in fans.items():
