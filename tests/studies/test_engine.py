@@ -139,6 +139,21 @@ def test_a_result_of_another_configuration_is_not_taken(make_study, place):
     assert "optim.lr: 0.003 there, 1e-05 here" in outcome.text
 
 
+def test_a_result_from_before_ssm_init_is_of_what_was_done_then(make_study, place):
+    """Its file does not name the field, whose default is another now."""
+    variants = {"then": {"mixer.ssm_init": 1.0}}
+    (run,) = make_study("old", seeds=[0], variants=variants).runs("full")
+    assert work_on(run, place).status == "done"
+    path = result_path(place.results, "old", "then-s0")
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"ssm_init": 1.0, ', ""), encoding="utf-8")
+    assert "ssm_init" not in path.read_text(encoding="utf-8") and "ssm_init" in text
+    now = make_study("new", seeds=[0], variants={**variants, "now": {}}).runs("full")
+    outcomes = {o.name: o for o in run_all(now, place, say=lambda text: None)}
+    assert outcomes["then-s0"].text == "as old/then-s0"
+    assert outcomes["now-s0"].status == "done"
+
+
 def test_what_another_study_has_run_is_not_run_again(make_study, place):
     first = make_study(seeds=[0])
     run_all(first.runs("full"), place, say=lambda text: None)
