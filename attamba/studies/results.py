@@ -159,9 +159,7 @@ def of_these_texts(result: Result, data: Record) -> bool:
 def saved_config(result: Result) -> RunConfig:
     """What was run; fields that came later get their defaults, or what was done before (BEFORE)."""
     config = result.run["config"]
-    mixer = config["model"]["mixer"]
-    layers = [_as_done(layer) for layer in (mixer if isinstance(mixer, list) else [mixer])]
-    model = {**config["model"], "mixer": layers if isinstance(mixer, list) else layers[0]}
+    model = {**config["model"], "mixer": _as_done(config["model"]["mixer"])}
     return from_dict(RunConfig, {**config, "model": model})
 
 
@@ -169,7 +167,10 @@ BEFORE = {"ssm_init": 1.0}
 """Fields of the attamba mixer whose default is not what was done before they came."""
 
 
-def _as_done(mixer: dict[str, Any]) -> dict[str, Any]:
+def _as_done(mixer: Any) -> Any:
+    """A mixer, or a list of them, with the fields of BEFORE that it lacks."""
+    if isinstance(mixer, list):
+        return [_as_done(layer) for layer in mixer]
     return {**BEFORE, **mixer} if mixer["type"] == "attamba" else mixer
 
 

@@ -238,7 +238,9 @@ def make_score(spec: dict[str, Any], where: str) -> Score:
         )
     score = from_dict(KINDS[kind], spec, where)
     if isinstance(score, CopyScore):
-        at_least(score.passage, UNTOLD + 1, f"{where}.passage", "; the first 8 do not count")
+        at_least(
+            score.passage, UNTOLD + 1, f"{where}.passage", f"; the first {UNTOLD} do not count"
+        )
     return score
 
 
