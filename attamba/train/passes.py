@@ -25,9 +25,6 @@ class Passes:
     factor: of the loss, for its gradients alone.
     """
 
-    keeps_gradients = False
-    """Must zero_grad leave the gradients' memory where it is?"""
-
     def __init__(self, mean_loss: MeanLoss, factor: float) -> None:
         self._mean_loss, self._factor = mean_loss, factor
         self._loss: Tensor | None = None
@@ -42,36 +39,41 @@ class Passes:
 
     def backward(self) -> None:
         """Of the last forward pass."""
+        (self._take_loss() * self._factor).backward()
+
+    def _take_loss(self) -> Tensor:
         assert self._loss is not None
         loss, self._loss = self._loss, None
-        (loss * self._factor).backward()
+        return loss
 
 
 class CapturedPasses(Passes):
     """The same from two CUDA graphs for each shape of rows and variant: two launches by the host.
 
     The first call runs the pass a few times as it is, which compiles what is to be compiled, then
-    captures it. Gradients stay in place from then on: zero_grad(set_to_none=False). What the
-    passes hold between forward and backward keeps its memory, which all graphs share. A pass must
-    not look at values on the host.
+    captures it. Gradients have memory of their own, the same for all graphs: a step's first pass
+    (no parameter has a gradient) puts them there, further ones add to them. What the passes hold
+    between forward and backward keeps its memory, which all graphs share. A pass must not look at
+    values on the host.
     """
-
-    keeps_gradients = True
 
     def __init__(
         self, mean_loss: MeanLoss, factor: float, parameters: Iterable[nn.Parameter]
     ) -> None:
         super().__init__(mean_loss, factor)
-        self._parameters = list(parameters)
+        self._parameters = [p for p in parameters if p.requires_grad]
+        self._gradients: list[Tensor | None] | None = None
+        """Of each parameter; None for one that the loss does not depend on."""
         self._graphs: dict[Hashable, _Graphs] = {}
         self._now: _Graphs | None = None
         self._pool = torch.cuda.graph_pool_handle()
 
     def forward(self, rows: Rows, scored: Tensor, variant: Hashable = None) -> Tensor:
-        key = (rows.inputs.shape, variant)
+        adds = any(parameter.grad is not None for parameter in self._parameters)
+        key = (rows.inputs.shape, variant, adds)
         if key not in self._graphs:
             self._warm_up(rows, scored)
-            self._graphs[key] = self._capture(rows, scored)
+            self._graphs[key] = self._capture(rows, scored, adds)
         self._now = graphs = self._graphs[key]
         for held, new in zip((*graphs.rows, graphs.scored), (*rows, scored)):
             held.copy_(new)
@@ -79,25 +81,33 @@ class CapturedPasses(Passes):
         return graphs.loss
 
     def backward(self) -> None:
-        assert self._now is not None
+        assert self._now is not None and self._gradients is not None
         self._now.backward.replay()
         self._now = None
+        for parameter, gradient in zip(self._parameters, self._gradients):
+            parameter.grad = gradient
+
+    def _differentiate(self) -> list[Tensor | None]:
+        """Gradients of the last forward pass, in new memory."""
+        loss = self._take_loss() * self._factor
+        return list(torch.autograd.grad(loss, self._parameters, allow_unused=True))
 
     def _warm_up(self, rows: Rows, scored: Tensor) -> None:
-        """Beside the stream that captures, as PyTorch wants it; gradients are then as before."""
-        before = [None if p.grad is None else p.grad.clone() for p in self._parameters]
+        """Beside the stream that captures, as PyTorch wants it."""
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(3):
                 super().forward(rows, scored)
-                super().backward()
+                gradients = self._differentiate()
         current.wait_stream(stream)
-        for parameter, grad in zip(self._parameters, before):
-            if parameter.grad is not None:
-                parameter.grad.zero_() if grad is None else parameter.grad.copy_(grad)
+        if self._gradients is None:
+            self._gradients = [
+                None if gradient is None else torch.empty_like(parameter)
+                for parameter, gradient in zip(self._parameters, gradients)
+            ]
 
-    def _capture(self, rows: Rows, scored: Tensor) -> _Graphs:
+    def _capture(self, rows: Rows, scored: Tensor, adds: bool) -> _Graphs:
         held = Rows(*(torch.empty_like(t) for t in rows))
         for empty, full in zip(held, rows):
             empty.copy_(full)
@@ -106,8 +116,17 @@ class CapturedPasses(Passes):
         with torch.cuda.graph(forward, pool=self._pool):
             loss = super().forward(held, count)
         with torch.cuda.graph(backward, pool=self._pool):
-            super().backward()
+            self._put(self._differentiate(), adds)
         return _Graphs(held, count, loss, forward, backward)
+
+    def _put(self, new: list[Tensor | None], adds: bool) -> None:
+        assert self._gradients is not None
+        pairs = [(g, n) for g, n in zip(self._gradients, new) if g is not None and n is not None]
+        gradients, news = [g for g, _ in pairs], [n for _, n in pairs]
+        if adds:
+            torch._foreach_add_(gradients, news)
+        else:
+            torch._foreach_copy_(gradients, news)
 
 
 @dataclass

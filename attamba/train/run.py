@@ -151,7 +151,7 @@ class Run:
             batch = self.batch = self._rows_of(self.step)
         self.watchdog.beat(f"step {self.step + 1}")
         self.model.set_draw(self.step)
-        self.optimizer.zero_grad(set_to_none=not self.passes.keeps_gradients)
+        self.optimizer.zero_grad()
         with self.drawn_chunks():
             loss = self.gradients(batch)
         with self.phases("optimizer"):
