@@ -34,7 +34,7 @@ def gradients_of(run: Run, batch: Batch) -> dict[str, Tensor]:
     batch: this rank's rows. Boundaries that are drawn are those of step 1.
     """
     run.model.set_draw(1)
-    found = {"loss": run.gradients(batch), "norm": run._clip()}
+    found = {"loss": run.gradients(run.send(batch)), "norm": run._clip()}
     for name, parameter in run.model.named_parameters():
         grad = parameter.grad
         assert grad is not None, name

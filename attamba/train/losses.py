@@ -68,7 +68,8 @@ def on_device(batch: Batch, device: torch.device) -> Rows:
 
 def _sent(array: np.ndarray, device: torch.device) -> Tensor:
     """From pinned memory, or the host would wait until a GPU is idle."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    if device.type != "cuda":
+        return torch.from_numpy(array).to(device)
+    pinned = torch.empty(array.shape, dtype=torch.int64, pin_memory=True)
+    pinned.numpy()[...] = array  # by this thread: a copy of torch's would wake others
+    return pinned.to(device, non_blocking=True)

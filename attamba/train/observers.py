@@ -53,9 +53,10 @@ class Speed(Observer):
     mfu                model FLOPs utilisation: the FLOPs of the model itself, forward and backward,
                        over all devices' peak; null where that is not known
     data_share, forward_share, backward_share, optimizer_share
-                       of the time: reading rows (on the host, beside the device's work), forward
-                       passes with the loss, backward passes, clipping and the optimizer; on rank 0,
-                       data_share on the rank that reads longest, for which all others wait
+                       of the time: reading and sending rows (on the host, beside the device's
+                       work), forward passes with the loss, backward passes, clipping and the
+                       optimizer; on rank 0, data_share on the rank that reads longest, for which
+                       all others wait
     memory_bytes, memory_reserved_bytes, memory_peak_bytes
                        of the rank that has the most: allocated on the device, held by its
                        allocator, and allocated at most so far; on a CPU the process's resident
@@ -98,10 +99,11 @@ def _number(value: float, run: Run) -> Tensor:
 def memory(device: torch.device) -> dict[str, int]:
     """Bytes in use now and at most, by the names that records have."""
     if device.type == "cuda":
+        known = torch.cuda.memory_stats(device)
         return {
-            "memory_bytes": torch.cuda.memory_allocated(device),
-            "memory_reserved_bytes": torch.cuda.memory_reserved(device),
-            "memory_peak_bytes": torch.cuda.max_memory_allocated(device),
+            "memory_bytes": known["allocated_bytes.all.current"],
+            "memory_reserved_bytes": known["reserved_bytes.all.current"],
+            "memory_peak_bytes": known["allocated_bytes.all.peak"],
         }
     if not sys.platform.startswith("linux"):
         return {}

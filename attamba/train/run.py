@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,18 @@ class TrainingDiverged(RuntimeError):
         )
 
 
+@dataclass(frozen=True)
+class StepRows:
+    """What a rank takes a step on."""
+
+    batch: Batch
+    """Its rows, as they were read."""
+    scored: int
+    """Targets of its own tokens that count."""
+    parts: list[losses.Rows]
+    """The rows on the device, those of a forward pass each."""
+
+
 class Run:
     """Model, optimizer and data, and how far they are: what a checkpoint saves."""
 
@@ -85,8 +97,8 @@ class Run:
         """P of the last step, where train.chunk_sizes draws it."""
         self.batch: Batch | None = None
         """This rank's rows of the last step."""
-        self._ahead: dict[int, Batch] = {}
-        """Rows of the step to come, if they have been read."""
+        self._ahead: dict[int, StepRows] = {}
+        """Rows of the step to come, if they have been read and sent."""
         self.pending = torch.zeros(2, device=self.device)
         """Loss and gradient norm of the last step, on the device."""
 
@@ -148,12 +160,13 @@ class Run:
         began = time.perf_counter()
         self.watchdog.beat(f"reading the rows of step {self.step + 1}")
         with self.phases("data", on_host=True):
-            batch = self.batch = self._rows_of(self.step)
+            rows = self._rows_of(self.step)
+            self.batch = rows.batch
         self.watchdog.beat(f"step {self.step + 1}")
         self.model.set_draw(self.step)
         self.optimizer.zero_grad()
         with self.drawn_chunks():
-            loss = self.gradients(batch)
+            loss = self.gradients(rows)
         with self.phases("optimizer"):
             self.pending = torch.stack([loss, self._clip()])
             for group in self.optimizer.param_groups:
@@ -161,7 +174,7 @@ class Run:
             # Nothing that is not finite may reach the weights.
             step_unless(self.optimizer, self.guard.judge(*self.pending))
         self.step += 1
-        self.tokens += batch.inputs.size * self.ranks.share[1]
+        self.tokens += rows.batch.inputs.size * self.ranks.share[1]
         self.seconds += time.perf_counter() - began
 
     def read(self) -> dict[str, Any]:
@@ -189,39 +202,38 @@ class Run:
         }
 
     def read_ahead(self) -> None:
-        """Have the next step's rows at hand, while the device is still at the last one."""
+        """Have the next step's rows on the device, while that is still at the last one."""
         if self.step == self.config.train.steps or self.step in self._ahead:
             return
         self.watchdog.beat(f"reading the rows of step {self.step + 1}")
         try:
             with self.phases("data", on_host=True):
-                self._ahead = {self.step: self.sources.train.batch(self.step)}
+                self._ahead = {self.step: self.send(self.sources.train.batch(self.step))}
         except (DataError, OSError):
             pass  # raised by the step that needs them, when this one is told and saved
         self.watchdog.beat(f"step {self.step}")
 
-    def _rows_of(self, step: int) -> Batch:
-        """This rank's rows of a step."""
+    def _rows_of(self, step: int) -> StepRows:
         ahead, self._ahead = self._ahead, {}
-        return ahead[step] if step in ahead else self.sources.train.batch(step)
+        return ahead[step] if step in ahead else self.send(self.sources.train.batch(step))
 
-    def gradients(self, batch: Batch) -> Tensor:
+    def send(self, batch: Batch) -> StepRows:
+        """This rank's rows to its device, in train.accumulate equal parts, without waiting."""
+        own = self._own(batch)
+        parts = [losses.on_device(part, self.device) for part in losses.parts(own, self.rows)]
+        return StepRows(batch, own.n_scored, parts)
+
+    def gradients(self, rows: StepRows) -> Tensor:
         """Add the gradient of the mean loss over the targets of all ranks; return that loss.
 
-        Float32 and a scalar, on the device. The rows go through the model in train.accumulate
-        equal parts.
-
-        batch: this rank's rows.
+        Float32 and a scalar, on the device.
         """
-        batch = self._own(batch)
         total = torch.zeros((), device=self.device)
-        scored = torch.full_like(total, self.ranks.count(batch.n_scored))
-        parts = list(losses.parts(batch, self.rows))
-        for number, part in enumerate(parts, 1):
-            reduce_on_last(self.model, number == len(parts))
+        scored = torch.full_like(total, self.ranks.count(rows.scored))
+        for number, part in enumerate(rows.parts, 1):
+            reduce_on_last(self.model, number == len(rows.parts))
             with self.phases("forward"):
-                rows = losses.on_device(part, self.device)
-                loss = self.passes.forward(rows, scored, self.chunk_size)
+                loss = self.passes.forward(part, scored, self.chunk_size)
             with self.phases("backward"):
                 self.passes.backward()
             total += loss

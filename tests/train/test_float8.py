@@ -262,7 +262,7 @@ def gradients_of_all(configs: list[RunConfig]) -> list[dict[str, Tensor]]:
             batch = Batch(inputs[own], targets[own], batch.doc_ids[own])
             run = run_on(config, ranks)
             with Float8Products() as products:
-                loss = run.gradients(batch)
+                loss = run.gradients(run.send(batch))
             tensors = {"loss": loss, "n": torch.tensor(len(products.shapes))}
             for name, parameter in run.model.named_parameters():
                 grad = parameter.grad

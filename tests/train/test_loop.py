@@ -96,7 +96,7 @@ def test_accumulation_gives_the_gradient_of_the_mean_over_all_tokens(make_config
     gradients = []
     for accumulate in (1, 2, 4):
         run = run_of(make_config({"train.accumulate": accumulate}), tmp_path)
-        loss = run.gradients(run.sources.train.batch(0))
+        loss = run.gradients(run.send(run.sources.train.batch(0)))
         gradients.append((loss, [p.grad for p in run.model.parameters()]))
     (loss, whole), *others = gradients
     for other_loss, parts in others:

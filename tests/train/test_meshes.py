@@ -76,7 +76,7 @@ def test_the_rows_are_what_they_are_called(make_meshed):
         config = make_meshed(name, {"shard": 1}, {"model.n_layers": 1, "model.mixer": ATTAMBA})
         run = run_on(config, Ranks(CPU))
         batches[name] = run.sources.train.batch(3)
-        losses[name] = float(run.gradients(batches[name]))
+        losses[name] = float(run.gradients(run.send(batches[name])))
     for name, batch in batches.items():
         assert (batch.doc_ids.max() > 1) == (name != "generated"), name
         assert (batch.targets == UNSCORED).any() == ("fit" in name or name == "generated"), name
