@@ -71,5 +71,5 @@ def _sent(array: np.ndarray, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return torch.from_numpy(array).to(device)
     pinned = torch.empty(array.shape, dtype=torch.int64, pin_memory=True)
-    pinned.numpy()[...] = array  # by this thread: a copy of torch's would wake others
+    pinned.numpy()[...] = array  # torch's own copy would wake its other threads
     return pinned.to(device, non_blocking=True)

@@ -101,9 +101,9 @@ def memory(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         known = torch.cuda.memory_stats(device)
         return {
-            "memory_bytes": known["allocated_bytes.all.current"],
-            "memory_reserved_bytes": known["reserved_bytes.all.current"],
-            "memory_peak_bytes": known["allocated_bytes.all.peak"],
+            "memory_bytes": known.get("allocated_bytes.all.current", 0),
+            "memory_reserved_bytes": known.get("reserved_bytes.all.current", 0),
+            "memory_peak_bytes": known.get("allocated_bytes.all.peak", 0),
         }
     if not sys.platform.startswith("linux"):
         return {}

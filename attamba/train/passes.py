@@ -48,13 +48,14 @@ class Passes:
 
 
 class CapturedPasses(Passes):
-    """The same from two CUDA graphs for each shape of rows and variant: two launches by the host.
+    """The same from CUDA graphs, one forward and one backward: two launches by the host.
 
-    The first call runs the pass a few times as it is, which compiles what is to be compiled, then
+    There are two for each shape of rows and variant, and two more for a step's further passes. The
+    first call runs the pass a few times as it is, which compiles what is to be compiled, then
     captures it. Gradients have memory of their own, the same for all graphs: a step's first pass
-    (no parameter has a gradient) puts them there, further ones add to them. What the passes hold
-    between forward and backward keeps its memory, which all graphs share. A pass must not look at
-    values on the host.
+    (no parameter has a gradient yet) puts them there, further ones, of the same variant, add to
+    them; nothing else may set gradients in between. What the passes hold between forward and
+    backward keeps its memory, which all graphs share. A pass must not look at values on the host.
     """
 
     def __init__(
@@ -62,52 +63,57 @@ class CapturedPasses(Passes):
     ) -> None:
         super().__init__(mean_loss, factor)
         self._parameters = [p for p in parameters if p.requires_grad]
-        self._gradients: list[Tensor | None] | None = None
-        """Of each parameter; None for one that the loss does not depend on."""
+        self._memory: list[Tensor | None] = [None for _ in self._parameters]
+        """For the gradient of each, once a loss has depended on it."""
+        self._gradients: dict[Hashable, list[Tensor | None]] = {}
+        """By shape and variant: that memory, None for parameters that its loss leaves out."""
         self._graphs: dict[Hashable, _Graphs] = {}
         self._now: _Graphs | None = None
         self._pool = torch.cuda.graph_pool_handle()
 
     def forward(self, rows: Rows, scored: Tensor, variant: Hashable = None) -> Tensor:
         adds = any(parameter.grad is not None for parameter in self._parameters)
-        key = (rows.inputs.shape, variant, adds)
-        if key not in self._graphs:
-            self._warm_up(rows, scored)
-            self._graphs[key] = self._capture(rows, scored, adds)
-        self._now = graphs = self._graphs[key]
+        kind = (rows.inputs.shape, variant)
+        if kind not in self._gradients:
+            self._gradients[kind] = self._warm_up(rows, scored)
+        if (kind, adds) not in self._graphs:
+            self._graphs[kind, adds] = self._capture(rows, scored, self._gradients[kind], adds)
+        self._now = graphs = self._graphs[kind, adds]
         for held, new in zip((*graphs.rows, graphs.scored), (*rows, scored)):
             held.copy_(new)
         graphs.forward.replay()
         return graphs.loss
 
     def backward(self) -> None:
-        assert self._now is not None and self._gradients is not None
+        assert self._now is not None
         self._now.backward.replay()
+        for parameter, gradient in zip(self._parameters, self._now.gradients):
+            if gradient is not None:
+                parameter.grad = gradient
         self._now = None
-        for parameter, gradient in zip(self._parameters, self._gradients):
-            parameter.grad = gradient
 
     def _differentiate(self) -> list[Tensor | None]:
         """Gradients of the last forward pass, in new memory."""
         loss = self._take_loss() * self._factor
         return list(torch.autograd.grad(loss, self._parameters, allow_unused=True))
 
-    def _warm_up(self, rows: Rows, scored: Tensor) -> None:
-        """Beside the stream that captures, as PyTorch wants it."""
+    def _warm_up(self, rows: Rows, scored: Tensor) -> list[Tensor | None]:
+        """Beside the stream that captures, as PyTorch wants it. The gradients' memory."""
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(3):
                 super().forward(rows, scored)
-                gradients = self._differentiate()
+                used = [gradient is not None for gradient in self._differentiate()]
         current.wait_stream(stream)
-        if self._gradients is None:
-            self._gradients = [
-                None if gradient is None else torch.empty_like(parameter)
-                for parameter, gradient in zip(self._parameters, gradients)
-            ]
+        for i, parameter in enumerate(self._parameters):
+            if used[i] and self._memory[i] is None:
+                self._memory[i] = torch.empty_like(parameter)
+        return [memory if use else None for memory, use in zip(self._memory, used)]
 
-    def _capture(self, rows: Rows, scored: Tensor, adds: bool) -> _Graphs:
+    def _capture(
+        self, rows: Rows, scored: Tensor, gradients: list[Tensor | None], adds: bool
+    ) -> _Graphs:
         held = Rows(*(torch.empty_like(t) for t in rows))
         for empty, full in zip(held, rows):
             empty.copy_(full)
@@ -116,26 +122,26 @@ class CapturedPasses(Passes):
         with torch.cuda.graph(forward, pool=self._pool):
             loss = super().forward(held, count)
         with torch.cuda.graph(backward, pool=self._pool):
-            self._put(self._differentiate(), adds)
-        return _Graphs(held, count, loss, forward, backward)
+            _put(self._differentiate(), gradients, adds)
+        return _Graphs(held, count, loss, gradients, forward, backward)
 
-    def _put(self, new: list[Tensor | None], adds: bool) -> None:
-        assert self._gradients is not None
-        pairs = [(g, n) for g, n in zip(self._gradients, new) if g is not None and n is not None]
-        gradients, news = [g for g, _ in pairs], [n for _, n in pairs]
-        if adds:
-            torch._foreach_add_(gradients, news)
-        else:
-            torch._foreach_copy_(gradients, news)
+
+def _put(new: list[Tensor | None], gradients: list[Tensor | None], adds: bool) -> None:
+    """New gradients into their memory, or added to what is there."""
+    memory = [gradient for gradient in gradients if gradient is not None]
+    values = [gradient for gradient in new if gradient is not None]
+    (torch._foreach_add_ if adds else torch._foreach_copy_)(memory, values)
 
 
 @dataclass
 class _Graphs:
-    """A captured pass, and the memory that it reads rows from and writes its loss to."""
+    """A captured pass, and the memory that it reads rows from and writes its results to."""
 
     rows: Rows
     scored: Tensor
     loss: Tensor
+    gradients: list[Tensor | None]
+    """Of each parameter; None for those that the loss leaves out."""
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
 

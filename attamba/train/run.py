@@ -63,9 +63,9 @@ class StepRows:
     batch: Batch
     """Its rows, as they were read."""
     scored: int
-    """Targets of its own tokens that count."""
+    """How many targets of this rank's own tokens count."""
     parts: list[losses.Rows]
-    """The rows on the device, those of a forward pass each."""
+    """The rows on the device, one entry for each forward pass."""
 
 
 class Run:

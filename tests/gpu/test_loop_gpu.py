@@ -10,10 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from waiting import assert_steps_do_not_wait
 
 from attamba.config import RunConfig, apply_overrides, from_dict
 from attamba.train import train
+from attamba.train.chunk_sizes import draw_size
+from attamba.train.loop import open_loop
+from attamba.train.losses import Rows
+from attamba.train.passes import CapturedPasses
 from attamba.train.phases import PHASES, Phases
 from attamba.train.run import Run
 
@@ -81,6 +86,52 @@ def test_cuda_graphs_change_nothing(make_config, mixer, compiled):
         losses.append([r.get("loss", r.get("valid_loss")) for r in records])
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
     assert losses[1][0] != losses[1][-1]
+
+
+def test_captured_gradients_are_the_same(make_config):
+    """Of two passes a step and another chunk size in each, which come back."""
+    change = {"train.accumulate": 2, "train.chunk_sizes": [2, 4], "train.dtype": "float32"}
+    found = []
+    for graphs in (False, True):
+        with open_loop(make_config({**change, "train.cuda_graphs": graphs}, f"{graphs}")) as loop:
+            run = loop.run
+            sizes = [draw_size([2, 4], run.config.train.seed, step) for step in range(6)]
+            for step in range(6):
+                run.step = step
+                run.optimizer.zero_grad()
+                with run.drawn_chunks():
+                    run.gradients(run.send(run.sources.train.batch(step)))
+                found.append([p.grad.clone() for p in run.model.parameters()])
+    assert set(sizes) == {2, 4}
+    for plain, captured in zip(found[:6], found[6:]):
+        for a, b in zip(plain, captured):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * float(a.abs().max()))
+
+
+def test_a_parameter_that_a_variant_leaves_out_has_no_gradient():
+    weights = [nn.Parameter(torch.ones(3, device="cuda")) for _ in range(2)]
+    used = [0]
+
+    def mean_loss(rows: Rows, scored: torch.Tensor) -> torch.Tensor:
+        return sum((weights[i] * rows.inputs).sum() for i in used) / scored
+
+    passes = CapturedPasses(mean_loss, 2.0, weights)
+    scored = torch.tensor(4.0, device="cuda")
+    for round_ in range(2):
+        for kept in ([0], [0, 1]):
+            used[:] = kept
+            for weight in weights:
+                weight.grad = None
+            for part in range(2):
+                rows = Rows(*(torch.full((1, 3), 1 + part + round_, device="cuda") for _ in "itd"))
+                passes.forward(rows, scored, variant=tuple(used))
+                passes.backward()
+            expected = torch.full((3,), (3 + 2 * round_) * 2.0 / 4.0, device="cuda")
+            assert torch.equal(weights[0].grad, expected)
+            if len(used) == 1:
+                assert weights[1].grad is None
+            else:
+                assert torch.equal(weights[1].grad, expected)
 
 
 def test_captured_passes_go_on_from_a_checkpoint(make_config):
