@@ -71,11 +71,32 @@ def n_heads(dim: int) -> int:
     return max(1, dim // HEAD_DIM)
 
 
+def mixer_config(name: str, dim: int, chunk_size: int) -> dict[str, Any]:
+    """The mixer that a benchmark calls `name`, with heads of 64:
+
+    transformer
+    cyclic         Attamba's default
+    head_cyclic    each head its own chunk ends
+    shared_heads   as many keys and values in chunks of 2 and fewer heads, with a longer window:
+                   what the studies found best
+    """
+    heads = n_heads(dim)
+    if name == "transformer":
+        return {"type": "transformer", "n_heads": heads}
+    made = {"type": "attamba", "n_heads": heads, "chunk_size": chunk_size, "boundary": name}
+    if name == "cyclic":
+        return {**made, "ssm_scope": "chunk"}
+    made |= {"ssm_scope": "sequence", "boundary": "head_cyclic"}
+    if name == "head_cyclic":
+        return made
+    kv_heads = max(1, 2 * heads // chunk_size)
+    made |= {"chunk_size": 2, "n_kv_heads": kv_heads, "kv_proj": True, "leading_tokens": 256}
+    return made
+
+
 def model_config(name: str, *, dim: int, layers: int, chunk_size: int) -> ModelConfig:
-    """The model that a benchmark calls `name`: byte vocabulary, default mixer, heads of 64."""
-    mixer: dict[str, Any] = {"type": name, "n_heads": n_heads(dim)}
-    if name == "attamba":
-        mixer["chunk_size"] = chunk_size
+    """A model of a byte vocabulary with the mixer `name`; "attamba" is "cyclic"."""
+    mixer = mixer_config("cyclic" if name == "attamba" else name, dim, chunk_size)
     return ModelConfig(vocab_size=256, dim=dim, n_layers=layers, mixer=mixer)  # type: ignore[arg-type]
 
 

@@ -7,14 +7,12 @@ caches are filled with random keys and values by their own rule; then real steps
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from attamba.bench import common
-from attamba.config import AttambaMixer
 from attamba.display import format_bytes
 
 if TYPE_CHECKING:
@@ -193,20 +191,13 @@ def _build_models(args: argparse.Namespace, device: torch.device) -> dict[str, D
 
     torch.manual_seed(0)
     models = {}
-    for name in common.MODELS:
+    more = ("head_cyclic", "shared_heads") if device.type == "cuda" else ()
+    for name in (*common.MODELS, *more):
         config = common.model_config(
             name, dim=args.dim, layers=args.layers, chunk_size=args.chunk_size
         )
-        models[name] = build_model(config).to(device, getattr(torch, args.dtype)).eval()
-    if device.type == "cuda":
-        config = common.model_config(
-            "attamba", dim=args.dim, layers=args.layers, chunk_size=args.chunk_size
-        )
-        assert isinstance(config.mixer, AttambaMixer)
-        mixer = dataclasses.replace(config.mixer, boundary="head_cyclic", ssm_scope="sequence")
-        config = dataclasses.replace(config, mixer=mixer)
-        dtype = getattr(torch, args.dtype)
-        models["attamba head_cyclic"] = build_model(config).to(device, dtype).eval()
+        shown = name if name in common.MODELS else f"attamba {name}"
+        models[shown] = build_model(config).to(device, getattr(torch, args.dtype)).eval()
     return models
 
 

@@ -101,7 +101,8 @@ def _kernels(record: dict[str, Any]) -> Iterator[Panel]:
 
 
 def _train_gpu(record: dict[str, Any]) -> Iterator[Panel]:
-    rows, names = record["rows"], ("cyclic", "head_cyclic", "transformer")
+    rows = record["rows"]
+    names = [n for n, m in rows[0].items() if isinstance(m, dict) and "step_ms" in m]
     values = [{n: row[n]["step_ms"] for n in names} for row in rows]
     yield Panel("Training step", "milliseconds", _curves(rows, values))
     values = [{n: row[n]["peak_bytes"] / 2**30 for n in names} for row in rows]

@@ -30,7 +30,8 @@ TOKENS = 65536
 VOCABULARY = 32000
 IN_A_ROW = 4
 """Steps between two readings of the clock: in training the host runs ahead of the device."""
-CONTENDERS = ("cyclic", "head_cyclic", "transformer")
+CONTENDERS = ("cyclic", "head_cyclic", "shared_heads", "transformer")
+"""See common.mixer_config."""
 
 
 def run(args: argparse.Namespace, lengths: list[int], device: torch.device) -> dict[str, Any]:
@@ -94,25 +95,23 @@ def measure(length: int, args: argparse.Namespace, device: torch.device) -> dict
 
 def model_config(name: str, args: argparse.Namespace) -> ModelConfig:
     """The paper's model with the mixer that the bench calls `name`."""
-    mixer: dict[str, Any] = {"type": "transformer", "n_heads": common.n_heads(args.dim)}
-    if name != "transformer":
-        mixer |= {"type": "attamba", "chunk_size": args.chunk_size, "boundary": name}
-        mixer["ssm_scope"] = "sequence" if name == "head_cyclic" else "chunk"
+    mixer = common.mixer_config(name, args.dim, args.chunk_size)
     return ModelConfig(vocab_size=VOCABULARY, dim=args.dim, n_layers=args.layers, mixer=mixer)  # type: ignore[arg-type]
 
 
 def tables(record: dict[str, Any]) -> list[common.Table]:
-    """A record that run() made, as tables: time, memory."""
+    """A record that run() made, as tables: time, memory. Older records lack some contenders."""
     times, sizes = [], []
-    ours = CONTENDERS[:2]
+    names = [name for name in CONTENDERS if name in record["rows"][0]]
+    ours = names[:-1]
     for row in record["rows"]:
         tokens = f"{row['batch_size']} x {row['length']:,}"
-        cells = [f"{row[n]['step_ms']:.1f} ms" for n in CONTENDERS]
+        cells = [f"{row[n]['step_ms']:.1f} ms" for n in names]
         rates = [f"{row[n]['speedup']:.2f}" for n in ours]
         times.append([tokens, *cells, *rates, row["transformer"]["attention"]])
-        memory = [format_bytes(row[n]["peak_bytes"]) for n in CONTENDERS]
+        memory = [format_bytes(row[n]["peak_bytes"]) for n in names]
         sizes.append([tokens, *memory, *(f"{row[n]['memory_ratio']:.2f}" for n in ours)])
-    first = ["tokens", *CONTENDERS]
+    first = ["tokens", *names]
     faster = [f"{n}: times faster" for n in ours]
     return [
         common.Table("one training step", [*first, *faster, "library attention"], times),

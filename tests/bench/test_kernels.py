@@ -7,9 +7,9 @@ import argparse
 import pytest
 import torch
 
-from attamba.bench import kernels, plot, report, train_gpu, tune
+from attamba.bench import common, kernels, plot, report, train_gpu, tune
 from attamba.config import ConfigError
-from attamba.models.accounting import attention_entries, n_parameters
+from attamba.models.accounting import attention_entries, cache_bytes, n_parameters
 from attamba.ops.chunk_attention.tiles import KERNELS
 
 
@@ -37,6 +37,18 @@ def test_the_trained_models_are_the_papers():
     sizes = {n: n_parameters(train_gpu.model_config(n, args)) for n in train_gpu.CONTENDERS}
     assert sizes["transformer"] == pytest.approx(60.0e6, rel=0.01)
     assert sizes["cyclic"] == sizes["head_cyclic"] == pytest.approx(62.8e6, rel=0.01)
+    assert sizes["shared_heads"] == pytest.approx(62.2e6, rel=0.01)
+
+
+@pytest.mark.parametrize("chunk_size", [4, 8, 16])
+def test_shared_heads_hold_as_much(chunk_size):
+    """At any length, windows and states aside."""
+    found = {}
+    for name in ("head_cyclic", "shared_heads", "transformer"):
+        config = common.model_config(name, dim=512, layers=2, chunk_size=chunk_size)
+        found[name] = cache_bytes(config, 1 << 17) - cache_bytes(config, 1 << 16)
+    assert found["shared_heads"] == pytest.approx(found["head_cyclic"], rel=1e-3)
+    assert found["transformer"] == pytest.approx(chunk_size * found["head_cyclic"], rel=1e-3)
 
 
 def test_best_tiles_are_the_fastest_over_all_lengths():
@@ -66,6 +78,8 @@ def test_reports_of_gpu_results():
     record = {"benchmark": "train_gpu", "settings": {}, "environment": environment, "rows": [row]}
     text = report.markdown(record)
     assert "| 64 x 1,024 | 10.0 ms | 10.0 ms | 10.0 ms | 1.50 | 1.50 | flash |" in text
+    four = {**record, "rows": [row | {"shared_heads": contender}]}
+    assert "| 64 x 1,024 | 1.00 GiB | 1.00 GiB | 1.00 GiB | 1.00 GiB |" in report.markdown(four)
     times = {"forward": 1.0, "both": 3.0}
     row = {"length": 1024, "heads": 8, "width": 64, "ms": {"cyclic": times, "head_cyclic": times}}
     row |= {f"{n}_speedup": times for n in ("cyclic", "head_cyclic")}
@@ -96,7 +110,7 @@ def test_results_as_a_picture(tmp_path):
     record = card | {"settings": {"dim": 8, "repeats": 2}, "rows": rows}
     time, memory = plot.panels(record)
     assert time.curves[0].x == [1024, 8192] and time.curves[0].y == [512.0, 4096.0]
-    assert [c.name for c in memory.curves] == list(train_gpu.CONTENDERS)
+    assert [c.name for c in memory.curves] == ["cyclic", "head_cyclic", "transformer"]
     plot.draw([record], tmp_path / "out.svg")
     text = (tmp_path / "out.svg").read_text()
     assert text.startswith("<?xml") and text.count('<g id="axes_') == 2
