@@ -26,6 +26,11 @@ def read_tree(path: str | Path) -> dict[str, Any]:
 
     Raises ConfigError for what is neither; FileNotFoundError for a missing file.
     """
+    if Path(path).is_dir():
+        raise ConfigError(
+            f"{path} is a folder; give a configuration's file, such as configs/tiny.yaml, or that "
+            f"of a run: RUN/config.json"
+        )
     text = Path(path).read_text(encoding="utf-8")
     if Path(path).suffix == ".json":
         try:

@@ -64,6 +64,11 @@ def test_a_missing_file(tmp_path):
         load_run_config(tmp_path / "none.yaml")
 
 
+def test_a_folder_is_no_configuration(tmp_path):
+    with pytest.raises(ConfigError, match=r"is a folder; give a configuration's file"):
+        load_run_config(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("a: [", "is not valid YAML"), ("- a\n- b\n", "must hold keys and values, not list")],
