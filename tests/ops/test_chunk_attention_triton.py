@@ -6,9 +6,13 @@ float16 stand for all. What only a compiler can break is tested in tests/gpu.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from attamba.ops import chunk_attention
 from attamba.ops.chunk_attention.tiles import KERNELS, Tiles, override
@@ -78,6 +82,34 @@ def test_any_tiles(rows):
     for kernel in KERNELS:
         with override(kernel, Tiles(rows, 16, 16, 4, 1)):
             check(tensors, ends, 3)
+
+
+def test_layers_that_are_compiled_find_documents_once():
+    """And the backward pass has them, which would otherwise do so twice for each layer."""
+    seen: list[Counter[str]] = []
+
+    def count(graph, _):
+        calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        seen.append(Counter(calls))
+        return make_boxed_func(graph.forward)
+
+    def two_layers(q, k, v, doc_ids):
+        q = chunk_attention(q, k, v, ends, 2, doc_ids, backend="triton")
+        return chunk_attention(q, k, v, ends, 3, doc_ids, backend="triton")
+
+    ends = torch.arange(12) % 4 == 3
+    q, k, v, _ = inputs(12)
+    doc_ids = (torch.arange(12) > 6).long().expand(2, 12)
+    backend = aot_autograd(
+        fw_compiler=count, bw_compiler=count, partition_fn=min_cut_rematerialization_partition
+    )  # as Inductor partitions
+    out = torch.compile(two_layers, backend=backend)(q.requires_grad_(), k, v, doc_ids)
+    out.sum().backward()
+    forward, backward = seen
+    assert forward["attamba.chunk_attention_triton.default"] == 2
+    assert backward["attamba.chunk_attention_triton_backward.default"] == 2
+    scans = ("aten.cummax.default", "aten.cummin.default")
+    assert [forward[scan] + backward[scan] for scan in scans] == [1, 1]
 
 
 def test_what_it_cannot_do_is_an_error(monkeypatch):

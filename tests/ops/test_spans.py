@@ -7,6 +7,7 @@ import torch
 
 from attamba.ops.chunking import (
     chunk_starts,
+    document_bounds,
     document_starts,
     make_span,
     normalize_ends,
@@ -33,6 +34,10 @@ def test_positions():
 def test_an_id_that_comes_back_is_another_document():
     doc_ids = torch.tensor([[1, 1, 2, 1, 1, 1], [3, 3, 3, 3, 3, 3]])
     assert document_starts(doc_ids).tolist() == [[0, 0, 2, 3, 3, 3], [0] * 6]
+    start, stop = document_bounds(doc_ids)
+    assert torch.equal(start.long(), document_starts(doc_ids)) and stop.dtype == torch.int32
+    assert stop.tolist() == [[2, 2, 3, 6, 6, 6], [6] * 6]
+    assert document_bounds(doc_ids[:, :0]).shape == (2, 2, 0)
 
 
 @pytest.mark.parametrize("rows", [1, 2])

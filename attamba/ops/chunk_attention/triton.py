@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attamba.ops.chunk_attention import kernels
 from attamba.ops.chunk_attention.tiles import tiles
-from attamba.ops.chunking import document_starts
+from attamba.ops.chunking import document_bounds
 from attamba.ops.layout import last_dense
 
 UNBOUNDED = -1  # leading_tokens=None inside the operator, which takes plain integers
@@ -41,7 +41,9 @@ def chunk_attention_triton(
         raise ValueError(f"scale={scale} must be above 0 for backend='triton'")
     k, v = k.to(q.dtype), v.to(q.dtype)
     lead = UNBOUNDED if leading_tokens is None else leading_tokens
-    return _forward(q, k, v, None if lead == UNBOUNDED else ends, doc_ids, lead, scale)[0]
+    # Outside the operator: layers of a compiled model share it, and the backward pass has it.
+    documents = None if doc_ids is None else document_bounds(doc_ids)
+    return _forward(q, k, v, None if lead == UNBOUNDED else ends, documents, lead, scale)[0]
 
 
 @torch.library.custom_op("attamba::chunk_attention_triton", mutates_args=())
@@ -50,18 +52,21 @@ def _forward(
     k: Tensor,
     v: Tensor,
     ends: Tensor | None,
-    doc_ids: Tensor | None,
+    documents: Tensor | None,
     lead: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns out [B, Tq, H, D], lse float32 [B, H, Tq] (base 2), before, index; see kernels.py."""
+    """documents: int32 [2, B, Tk], see document_bounds.
+
+    Returns out [B, Tq, H, D], lse float32 [B, H, Tq] (base 2), before, index; see kernels.py.
+    """
     q, k, v = map(last_dense, (q, k, v))
     batch, n_queries, heads, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(batch, heads, n_queries, dtype=torch.float32)
     before, index = _number(ends, k)
     if out.numel():
-        launch = Launch(q, k, v, before, doc_ids, lead, scale)
+        launch = Launch(q, k, v, before, documents, lead, scale)
         launch.forward(out, lse, index)
     return out, lse, before, index
 
@@ -76,7 +81,7 @@ def _backward(
     lse: Tensor,
     before: Tensor,
     index: Tensor,
-    doc_ids: Tensor | None,
+    documents: Tensor | None,
     lead: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,13 +90,13 @@ def _backward(
     if dk.numel() and not dq.numel():
         return dq, dk.zero_(), dv.zero_()
     if dq.numel():
-        launch = Launch(q, k, v, before, doc_ids, lead, scale)
+        launch = Launch(q, k, v, before, documents, lead, scale)
         launch.backward(out, d_out, lse, index, dq, dk, dv)
     return dq, dk, dv
 
 
 @_forward.register_fake
-def _(q, k, v, ends, doc_ids, lead, scale):
+def _(q, k, v, ends, documents, lead, scale):
     batch, n_queries, heads, _ = q.shape
     rows = (0, 0) if ends is None else ends.shape[:2]
     before, index = (q.new_empty(*rows, n, dtype=torch.int32) for n in (k.shape[1] + 1, k.shape[1]))
@@ -100,19 +105,19 @@ def _(q, k, v, ends, doc_ids, lead, scale):
 
 
 @_backward.register_fake
-def _(d_out, q, k, v, out, lse, before, index, doc_ids, lead, scale):
+def _(d_out, q, k, v, out, lse, before, index, documents, lead, scale):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
 def _save(ctx, inputs, output):
-    q, k, v, _, doc_ids, ctx.lead, ctx.scale = inputs
+    q, k, v, _, documents, ctx.lead, ctx.scale = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(q, k, v, doc_ids, *output)
+    ctx.save_for_backward(q, k, v, documents, *output)
 
 
 def _grad(ctx, d_out, *_):
-    q, k, v, doc_ids, *results = ctx.saved_tensors
-    dq, dk, dv = _backward(d_out, q, k, v, *results, doc_ids, ctx.lead, ctx.scale)
+    q, k, v, documents, *results = ctx.saved_tensors
+    dq, dk, dv = _backward(d_out, q, k, v, *results, documents, ctx.lead, ctx.scale)
     return dq, dk, dv, None, None, None, None
 
 
@@ -144,7 +149,7 @@ class Launch:
         k: Tensor,
         v: Tensor,
         before: Tensor,
-        doc_ids: Tensor | None,
+        documents: Tensor | None,
         lead: int,
         scale: float,
     ) -> None:
@@ -159,13 +164,9 @@ class Launch:
         self.numbers = self.n_queries, self.n_keys, self.heads, lead, scale * math.log2(math.e)
         self.scale = scale
         self.past = before.numel() > 0 and lead < self.n_keys
-        self.docs = doc_ids is not None
-        self.doc_start = before
-        self.doc_stop = before
-        if doc_ids is not None:
-            start = document_starts(doc_ids)
-            self.doc_start = start.int()
-            self.doc_stop = _document_stops(start).int()
+        self.docs = documents is not None
+        self.doc_start = before if documents is None else documents[0]
+        self.doc_stop = before if documents is None else documents[1]
         self.shape: dict[str, Any] = {
             "R": self.heads // self.groups,
             "D": self.width,
@@ -236,12 +237,3 @@ class Launch:
             "BM": tile.block_m, "BN": tile.block_n,
             "num_warps": tile.warps, "num_stages": tile.stages,
         }  # fmt: skip
-
-
-def _document_stops(start: Tensor) -> Tensor:
-    """For each position the index at which its document is over. start: from document_starts."""
-    seq = start.shape[1]
-    index = torch.arange(seq, device=start.device).expand_as(start)
-    last = torch.ones_like(start, dtype=torch.bool)
-    last[:, :-1] = start[:, 1:] != start[:, :-1]
-    return torch.where(last, index + 1, seq).flip(1).cummin(1).values.flip(1)

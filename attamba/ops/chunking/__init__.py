@@ -34,6 +34,7 @@ from attamba.ops.chunking.policies import (
 from attamba.ops.chunking.spans import (
     Span,
     chunk_starts,
+    document_bounds,
     document_starts,
     make_span,
     part_of,
@@ -58,6 +59,7 @@ __all__ = [
     "Uniform",
     "cannot_decode",
     "chunk_starts",
+    "document_bounds",
     "document_starts",
     "make_boundary",
     "make_span",

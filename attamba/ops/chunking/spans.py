@@ -103,6 +103,16 @@ def document_starts(doc_ids: Tensor) -> Tensor:
     return torch.where(first, index, 0).cummax(1).values
 
 
+def document_bounds(doc_ids: Tensor) -> Tensor:
+    """For each position where its document starts and where it is over, int32 [2, B, T]."""
+    start = document_starts(doc_ids)
+    index = torch.arange(start.shape[1], device=start.device).expand_as(start)
+    last = torch.ones_like(start, dtype=torch.bool)
+    last[:, :-1] = start[:, 1:] != start[:, :-1]
+    stop = torch.where(last, index + 1, start.shape[1]).flip(1).cummin(1).values.flip(1)
+    return torch.stack([start, stop]).int()
+
+
 def row_starts(span: Span, batch: int) -> Tensor:
     """For each token the index at which its document starts in the row, int64 [B, T]."""
     if span.doc_ids is not None:
