@@ -70,7 +70,9 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals or not key:
-            raise ConfigError(f"{argument!r} is not of the form key=value")
+            is_path = Path(argument).exists()
+            more = "; give one file or folder alone, then keys that differ" if is_path else ""
+            raise ConfigError(f"{argument!r} is not of the form key=value{more}")
         try:
             value = yaml.safe_load(text) if text else ""
         except yaml.YAMLError as error:

@@ -98,8 +98,13 @@ def test_arguments_are_read_as_yaml(argument, value):
 
 @pytest.mark.parametrize("argument", ["x", "=1"])
 def test_an_argument_without_a_key_or_value(argument):
-    with pytest.raises(ConfigError, match="is not of the form key=value"):
+    with pytest.raises(ConfigError, match="is not of the form key=value$"):
         parse_overrides([argument])
+
+
+def test_a_second_file_among_the_keys(tmp_path):
+    with pytest.raises(ConfigError, match="not of the form key=value; give one file or folder"):
+        parse_overrides([str(_write(tmp_path, "a: 1"))])
 
 
 def test_an_argument_that_is_no_yaml():
