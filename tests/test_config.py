@@ -98,7 +98,7 @@ def test_arguments_are_read_as_yaml(argument, value):
 
 @pytest.mark.parametrize("argument", ["x", "=1"])
 def test_an_argument_without_a_key_or_value(argument):
-    with pytest.raises(ConfigError, match="is not of the form key=value$"):
+    with pytest.raises(ConfigError, match=r"is not of the form key=value$"):
         parse_overrides([argument])
 
 
