@@ -28,6 +28,8 @@ COLOURS = {
     "cyclic": "#E0782A",
     "head_cyclic": "#8E2F1D",
     "attamba head_cyclic": "#8E2F1D",
+    "shared_heads": "#C9A227",
+    "attamba shared_heads": "#C9A227",
     "cudnn": "#4C86C6",
     "flash": "#7F9DB9",
     "efficient": "#A9B4BF",

@@ -77,8 +77,8 @@ def mixer_config(name: str, dim: int, chunk_size: int) -> dict[str, Any]:
     transformer
     cyclic         Attamba's default
     head_cyclic    each head its own chunk ends
-    shared_heads   as many keys and values in chunks of 2 and fewer heads, with a longer window:
-                   what the studies found best
+    shared_heads   about as many keys and values, in chunks of 2 and fewer heads, with a longer
+                   window: what the studies found best
     """
     heads = n_heads(dim)
     if name == "transformer":
@@ -89,7 +89,8 @@ def mixer_config(name: str, dim: int, chunk_size: int) -> dict[str, Any]:
     made |= {"ssm_scope": "sequence", "boundary": "head_cyclic"}
     if name == "head_cyclic":
         return made
-    kv_heads = max(1, 2 * heads // chunk_size)
+    most = max(1, 2 * heads // chunk_size)
+    kv_heads = max(n for n in range(1, min(most, heads) + 1) if heads % n == 0)
     made |= {"chunk_size": 2, "n_kv_heads": kv_heads, "kv_proj": True, "leading_tokens": 256}
     return made
 

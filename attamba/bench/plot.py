@@ -102,10 +102,10 @@ def _kernels(record: dict[str, Any]) -> Iterator[Panel]:
 
 def _train_gpu(record: dict[str, Any]) -> Iterator[Panel]:
     rows = record["rows"]
-    names = [n for n, m in rows[0].items() if isinstance(m, dict) and "step_ms" in m]
-    values = [{n: row[n]["step_ms"] for n in names} for row in rows]
+    models = [{n: m for n, m in row.items() if isinstance(m, dict)} for row in rows]
+    values = [{n: m["step_ms"] for n, m in row.items()} for row in models]
     yield Panel("Training step", "milliseconds", _curves(rows, values))
-    values = [{n: row[n]["peak_bytes"] / 2**30 for n in names} for row in rows]
+    values = [{n: m["peak_bytes"] / 2**30 for n, m in row.items()} for row in models]
     yield Panel("Training step, peak memory", "GiB", _curves(rows, values), from_zero=True)
 
 

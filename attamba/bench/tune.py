@@ -105,8 +105,8 @@ def launches(shape: Shape, device: Any) -> dict[str, Callable[[Tiles], None]]:
     q, k, v, d_out = (torch.randn(size, device=device, dtype=torch.bfloat16) for _ in range(4))
     ends = layer_ends(shape, "cyclic", device)
     scale = shape.width**-0.5
-    out, lse, before, index = triton._forward(q, k, v, ends, None, shape.lead, scale)
-    launch = triton.Launch(q, k, v, before, None, shape.lead, scale)
+    out, lse, before, index = triton._forward(q, k, v, ends, None, None, shape.lead, scale)
+    launch = triton.Launch(q, k, v, before, None, None, shape.lead, scale)
     delta = (d_out.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     calls: dict[str, Callable[[], None]] = {

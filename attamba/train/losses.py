@@ -70,6 +70,6 @@ def _sent(array: np.ndarray, device: torch.device) -> Tensor:
     """From pinned memory, or the host would wait until a GPU is idle."""
     if device.type != "cuda":
         return torch.from_numpy(array).to(device)
-    pinned = torch.empty(array.shape, dtype=torch.int64, pin_memory=True)
+    pinned = torch.empty(array.shape, dtype=torch.int64, device="cpu", pin_memory=True)
     pinned.numpy()[...] = array  # torch's own copy would wake its other threads
     return pinned.to(device, non_blocking=True)

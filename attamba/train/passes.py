@@ -30,8 +30,9 @@ class Passes:
         self._loss: Tensor | None = None
 
     def forward(self, rows: Rows, scored: Tensor, variant: Hashable = None) -> Tensor:
-        """The rows' share of the mean loss, detached. scored: float32 scalar, targets of the step.
+        """The rows' share of the mean loss, detached, until the next pass overwrites it.
 
+        scored: float32 scalar, targets of the step.
         variant: tells models apart that compute differently with the same weights.
         """
         self._loss = self._mean_loss(rows, scored)
@@ -128,6 +129,7 @@ class CapturedPasses(Passes):
 
 def _put(new: list[Tensor | None], gradients: list[Tensor | None], adds: bool) -> None:
     """New gradients into their memory, or added to what is there."""
+    assert [gradient is None for gradient in new] == [gradient is None for gradient in gradients]
     memory = [gradient for gradient in gradients if gradient is not None]
     values = [gradient for gradient in new if gradient is not None]
     (torch._foreach_add_ if adds else torch._foreach_copy_)(memory, values)

@@ -209,7 +209,7 @@ class Run:
         try:
             with self.phases("data", on_host=True):
                 self._ahead = {self.step: self.send(self.sources.train.batch(self.step))}
-        except (DataError, OSError):
+        except (DataError, OSError, torch.OutOfMemoryError):
             pass  # raised by the step that needs them, when this one is told and saved
         self.watchdog.beat(f"step {self.step}")
 

@@ -51,6 +51,13 @@ def test_shared_heads_hold_as_much(chunk_size):
     assert found["transformer"] == pytest.approx(chunk_size * found["head_cyclic"], rel=1e-3)
 
 
+@pytest.mark.parametrize("dim", [512, 768, 896])
+@pytest.mark.parametrize("chunk_size", [1, 3, 8, 32])
+def test_shared_heads_are_a_model_at_any_size(dim, chunk_size):
+    config = common.model_config("shared_heads", dim=dim, layers=1, chunk_size=chunk_size)
+    config.validate()
+
+
 def test_best_tiles_are_the_fastest_over_all_lengths():
     rows = [
         {"kernel": "dq", "width": 64, "length": length, "ms": ms, "block_m": block_m}

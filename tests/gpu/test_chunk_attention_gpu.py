@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attamba.ops import chunk_attention
 from attamba.ops.chunk_attention.tiles import TABLE, override
-from attamba.ops.chunking import make_boundary, make_span
+from attamba.ops.chunking import document_bounds, make_boundary, make_span
 
 DTYPES = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 LENGTHS = (1, 2, 63, 64, 65, 1000, 4097)
@@ -205,12 +205,12 @@ def test_operator_registration(packed):
 
     q, k, v, weight = inputs(70, torch.float32, width=16)
     ends = layer_ends("head_cyclic", 4, 70)
-    doc_ids = documents(2, 70, 0.05) if packed else None
-    args = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), ends, doc_ids, 6, 0.3)
+    bounds = document_bounds(documents(2, 70, 0.05)) if packed else (None, None)
+    args = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), ends, *bounds, 6, 0.3)
     torch.library.opcheck(_forward, args)
     results = [t.detach() for t in _forward(*args)]
     plain = [t.detach() for t in (q, k, v)]
-    torch.library.opcheck(_backward, (weight, *plain, *results, doc_ids, 6, 0.3))
+    torch.library.opcheck(_backward, (weight, *plain, *results, *bounds, 6, 0.3))
 
 
 def test_one_compiled_graph_for_all_lengths():

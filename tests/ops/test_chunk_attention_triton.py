@@ -16,6 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from attamba.ops import chunk_attention
 from attamba.ops.chunk_attention.tiles import KERNELS, Tiles, override
+from attamba.ops.chunking import document_bounds
 
 pytest.importorskip("triton")
 NAMES = ("out", "dq", "dk", "dv")
@@ -82,6 +83,21 @@ def test_any_tiles(rows):
     for kernel in KERNELS:
         with override(kernel, Tiles(rows, 16, 16, 4, 1)):
             check(tensors, ends, 3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_operator_registration(packed):
+    from attamba.ops.chunk_attention.triton import _backward, _forward
+
+    q, k, v, weight = inputs(12)
+    ends = (torch.arange(12) % 4 == 3)[None, None]
+    doc_ids = (torch.arange(12) > 6).long().expand(2, 12)
+    bounds = document_bounds(doc_ids) if packed else (None, None)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    torch.library.opcheck(_forward, (*leaves, ends, *bounds, 2, 0.3))
+    results = [t.detach() for t in _forward(*leaves, ends, *bounds, 2, 0.3)]
+    plain = [t.detach() for t in leaves]
+    torch.library.opcheck(_backward, (weight, *plain, *results, *bounds, 2, 0.3))
 
 
 def test_layers_that_are_compiled_find_documents_once():

@@ -37,7 +37,7 @@ def test_an_id_that_comes_back_is_another_document():
     start, stop = document_bounds(doc_ids)
     assert torch.equal(start.long(), document_starts(doc_ids)) and stop.dtype == torch.int32
     assert stop.tolist() == [[2, 2, 3, 6, 6, 6], [6] * 6]
-    assert document_bounds(doc_ids[:, :0]).shape == (2, 2, 0)
+    assert [bound.shape for bound in document_bounds(doc_ids[:, :0])] == [(2, 0), (2, 0)]
 
 
 @pytest.mark.parametrize("rows", [1, 2])

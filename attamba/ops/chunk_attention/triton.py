@@ -41,9 +41,10 @@ def chunk_attention_triton(
         raise ValueError(f"scale={scale} must be above 0 for backend='triton'")
     k, v = k.to(q.dtype), v.to(q.dtype)
     lead = UNBOUNDED if leading_tokens is None else leading_tokens
-    # Outside the operator: layers of a compiled model share it, and the backward pass has it.
-    documents = None if doc_ids is None else document_bounds(doc_ids)
-    return _forward(q, k, v, None if lead == UNBOUNDED else ends, documents, lead, scale)[0]
+    ends = None if lead == UNBOUNDED else ends
+    # Outside the operator: layers that are compiled together share it, as does the backward pass.
+    documents = (None, None) if doc_ids is None else document_bounds(doc_ids)
+    return _forward(q, k, v, ends, *documents, lead, scale)[0]
 
 
 @torch.library.custom_op("attamba::chunk_attention_triton", mutates_args=())
@@ -52,11 +53,12 @@ def _forward(
     k: Tensor,
     v: Tensor,
     ends: Tensor | None,
-    documents: Tensor | None,
+    doc_start: Tensor | None,
+    doc_stop: Tensor | None,
     lead: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """documents: int32 [2, B, Tk], see document_bounds.
+    """doc_start, doc_stop: int32 [B, Tk], see document_bounds.
 
     Returns out [B, Tq, H, D], lse float32 [B, H, Tq] (base 2), before, index; see kernels.py.
     """
@@ -66,7 +68,7 @@ def _forward(
     lse = q.new_empty(batch, heads, n_queries, dtype=torch.float32)
     before, index = _number(ends, k)
     if out.numel():
-        launch = Launch(q, k, v, before, documents, lead, scale)
+        launch = Launch(q, k, v, before, doc_start, doc_stop, lead, scale)
         launch.forward(out, lse, index)
     return out, lse, before, index
 
@@ -81,7 +83,8 @@ def _backward(
     lse: Tensor,
     before: Tensor,
     index: Tensor,
-    documents: Tensor | None,
+    doc_start: Tensor | None,
+    doc_stop: Tensor | None,
     lead: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,13 +93,13 @@ def _backward(
     if dk.numel() and not dq.numel():
         return dq, dk.zero_(), dv.zero_()
     if dq.numel():
-        launch = Launch(q, k, v, before, documents, lead, scale)
+        launch = Launch(q, k, v, before, doc_start, doc_stop, lead, scale)
         launch.backward(out, d_out, lse, index, dq, dk, dv)
     return dq, dk, dv
 
 
 @_forward.register_fake
-def _(q, k, v, ends, documents, lead, scale):
+def _(q, k, v, ends, doc_start, doc_stop, lead, scale):
     batch, n_queries, heads, _ = q.shape
     rows = (0, 0) if ends is None else ends.shape[:2]
     before, index = (q.new_empty(*rows, n, dtype=torch.int32) for n in (k.shape[1] + 1, k.shape[1]))
@@ -105,20 +108,21 @@ def _(q, k, v, ends, documents, lead, scale):
 
 
 @_backward.register_fake
-def _(d_out, q, k, v, out, lse, before, index, documents, lead, scale):
+def _(d_out, q, k, v, out, lse, before, index, doc_start, doc_stop, lead, scale):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
 def _save(ctx, inputs, output):
-    q, k, v, _, documents, ctx.lead, ctx.scale = inputs
+    q, k, v, _, doc_start, doc_stop, ctx.lead, ctx.scale = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(q, k, v, documents, *output)
+    ctx.save_for_backward(q, k, v, doc_start, doc_stop, *output)
 
 
 def _grad(ctx, d_out, *_):
-    q, k, v, documents, *results = ctx.saved_tensors
-    dq, dk, dv = _backward(d_out, q, k, v, *results, documents, ctx.lead, ctx.scale)
-    return dq, dk, dv, None, None, None, None
+    q, k, v, *documents = ctx.saved_tensors[:5]
+    results = ctx.saved_tensors[5:]
+    dq, dk, dv = _backward(d_out, q, k, v, *results, *documents, ctx.lead, ctx.scale)
+    return dq, dk, dv, None, None, None, None, None
 
 
 _forward.register_autograd(_grad, setup_context=_save)
@@ -149,7 +153,8 @@ class Launch:
         k: Tensor,
         v: Tensor,
         before: Tensor,
-        documents: Tensor | None,
+        doc_start: Tensor | None,
+        doc_stop: Tensor | None,
         lead: int,
         scale: float,
     ) -> None:
@@ -164,9 +169,9 @@ class Launch:
         self.numbers = self.n_queries, self.n_keys, self.heads, lead, scale * math.log2(math.e)
         self.scale = scale
         self.past = before.numel() > 0 and lead < self.n_keys
-        self.docs = documents is not None
-        self.doc_start = before if documents is None else documents[0]
-        self.doc_stop = before if documents is None else documents[1]
+        self.docs = doc_start is not None
+        self.doc_start = before if doc_start is None else doc_start
+        self.doc_stop = before if doc_stop is None else doc_stop
         self.shape: dict[str, Any] = {
             "R": self.heads // self.groups,
             "D": self.width,

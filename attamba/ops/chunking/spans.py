@@ -103,14 +103,14 @@ def document_starts(doc_ids: Tensor) -> Tensor:
     return torch.where(first, index, 0).cummax(1).values
 
 
-def document_bounds(doc_ids: Tensor) -> Tensor:
-    """For each position where its document starts and where it is over, int32 [2, B, T]."""
+def document_bounds(doc_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """For each position where its document starts and where it is over, int32 [B, T] each."""
     start = document_starts(doc_ids)
     index = torch.arange(start.shape[1], device=start.device).expand_as(start)
     last = torch.ones_like(start, dtype=torch.bool)
     last[:, :-1] = start[:, 1:] != start[:, :-1]
     stop = torch.where(last, index + 1, start.shape[1]).flip(1).cummin(1).values.flip(1)
-    return torch.stack([start, stop]).int()
+    return start.int(), stop.int()
 
 
 def row_starts(span: Span, batch: int) -> Tensor:
