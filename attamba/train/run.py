@@ -90,7 +90,7 @@ class Run:
         self.guard = Guard(config.spikes, self.device)
         self.phases = Phases(self.device)
         self.saver = None if ranks.alone else _open_saver(ranks, config)
-        self.rows = config.data.batch_size // ranks.share[1] // config.train.accumulate
+        self.rows_per_pass = config.data.batch_size // ranks.share[1] // config.train.accumulate
         self.step = self.tokens = 0
         self.seconds = 0.0
         self.chunk_size: int | None = None
@@ -220,7 +220,9 @@ class Run:
     def send(self, batch: Batch) -> StepRows:
         """This rank's rows to its device, in train.accumulate equal parts, without waiting."""
         own = self._own(batch)
-        parts = [losses.on_device(part, self.device) for part in losses.parts(own, self.rows)]
+        parts = [
+            losses.on_device(part, self.device) for part in losses.parts(own, self.rows_per_pass)
+        ]
         return StepRows(batch, own.n_scored, parts)
 
     def gradients(self, rows: StepRows) -> Tensor:
@@ -265,7 +267,7 @@ class Run:
         batch = self._own(_every_nth(self.sources.valid, windows, *self.ranks.share))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.model.eval()
-        for part in losses.parts(batch, self.rows):
+        for part in losses.parts(batch, self.rows_per_pass):
             self.watchdog.beat(f"validation after step {self.step}")
             total += self._loss_sum(losses.on_device(part, self.device))
         self.model.train()
@@ -278,7 +280,9 @@ class Run:
 
         self.read()
         context = self.config.data.seq_len
-        lm = AttambaLM(self.model, self.sources.tokenizer, context=context, batch_size=self.rows)
+        lm = AttambaLM(
+            self.model, self.sources.tokenizer, context=context, batch_size=self.rows_per_pass
+        )
         return figures(run_tasks(lm, tasks, limit=self.config.eval.limit, stderr=False))
 
     def _passes(self) -> Passes:
