@@ -119,8 +119,9 @@ def _save(ctx, inputs, output):
 
 
 def _grad(ctx, d_out, *_):
-    q, k, v, *documents = ctx.saved_tensors[:5]
-    results = ctx.saved_tensors[5:]
+    saved = ctx.saved_tensors
+    q, k, v, *documents = saved[:5]
+    results = saved[5:]
     dq, dk, dv = _backward(d_out, q, k, v, *results, *documents, ctx.lead, ctx.scale)
     return dq, dk, dv, None, None, None, None, None
 

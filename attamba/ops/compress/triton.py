@@ -158,8 +158,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, dy_k: Tensor, dy_v: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    dproj, dconv, dscalars = compress_backward(dy_k, dy_v, *ctx.saved_tensors, ctx.state_dim)
-    _, _, A, dt_bias, D, *_ = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    dproj, dconv, dscalars = compress_backward(dy_k, dy_v, *saved, ctx.state_dim)
+    _, _, A, dt_bias, D, *_ = saved
     dA, dbias, dD = (g.to(t.dtype) for g, t in zip(dscalars.unbind(0), (A, dt_bias, D)))
     return dproj, dconv, dA, dbias, dD, None, None, None
 
