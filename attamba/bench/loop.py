@@ -3,13 +3,15 @@
 The loop runs with all it has: rows read from a prepared folder, documents apart, metrics to JSON
 lines and TensorBoard, statistics of layers, steps that jump left out; on a GPU bfloat16 and
 compiled. The bare step is forward, backward, clipping and AdamW of the same model on the same rows,
-which lie on the device. Both live in one process and take steps in turns.
+which lie on the device. Both live in one process and take steps in turns. Statistics of layers are
+timed as often as `--layers-every` says.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import statistics
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,7 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokens", default="64k", help="tokens of a step (default: 64k)")
     parser.add_argument("--pass-tokens", default="32k", help="of a forward pass (default: 32k)")
-    parser.add_argument("--steps", type=int, default=100, help="timed, of each (default: 100)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=100,
+        help="timed, of each, rounded up to whole --layers-every (default: 100)",
+    )
     parser.add_argument(
         "--layers-every", type=int, default=100, help="metrics.layers_every (default: 100)"
     )
@@ -126,25 +133,29 @@ def measure(config: RunConfig, device: torch.device, steps: int) -> dict[str, An
         config.train.dtype, config.train.compile = "bfloat16", True
         torch.cuda.reset_peak_memory_stats(device)
     turn = config.train.log_every
+    period = math.lcm(turn, config.metrics.layers_every or 1)
     with TemporaryDirectory() as folder:
         config.out, config.data.train = f"{folder}/run", write_text(folder, config)
         held = torch.cuda.memory_allocated(device) if on_cuda else 0
         with open_loop(config) as loop:
-            _, batches = _turn_of_loop(loop, turn, device)
+            for _ in range(period // turn):  # statistics of layers too compile what they launch
+                _, batches = _turn_of_loop(loop, turn, device)
             peak = torch.cuda.max_memory_allocated(device) - held if on_cuda else None
             bare = BareStep(config, device)
             _turn_of_bare(bare, batches, device)
             loop.metrics.records.clear()
             taken: dict[str, list[float]] = {"loop": [], "bare": []}
-            for _ in range(-(-steps // turn)):
+            for _ in range(-(-steps // period) * (period // turn)):
                 spent, batches = _turn_of_loop(loop, turn, device)
                 taken["loop"].append(spent)
                 taken["bare"].append(_turn_of_bare(bare, batches, device))
             records = [r for r in loop.metrics.records if r["kind"] == "train"]
+            n_layers_records = sum(r["kind"] == "layers" for r in loop.metrics.records)
     if on_cuda:
         torch.compiler.reset()
     figures = {"parameters": n_parameters(config.model), "dtype": config.train.dtype}
-    return figures | {"compile": config.train.compile, "peak_bytes": peak} | _summed(taken, records)
+    figures |= {"compile": config.train.compile, "layers_records": n_layers_records}
+    return figures | {"peak_bytes": peak} | _summed(taken, records)
 
 
 def _turn_of_loop(loop: Loop, steps: int, device: torch.device) -> tuple[float, list[Batch]]:

@@ -73,7 +73,7 @@ def test_the_text_has_documents_shorter_and_longer_than_a_row(tmp_path):
 def test_a_tiny_run(tmp_path, capsys):
     out = tmp_path / "out.json"
     command = ["bench", "loop", str(TINY), "model.dim=32", "model.n_layers=1"]
-    sizes = ["--lengths", "32,64", "--tokens", "128", "--pass-tokens", "64", "--steps", "20"]
+    sizes = ["--lengths", "32,64", "--tokens", "128", "--pass-tokens", "64", "--steps", "12"]
     rest = ["--layers-every", "10", "--device", "cpu", "--json", str(out)]
     assert main([*command, "metrics.peak_tflops=1", "train.log_every=5", *sizes, *rest]) == 0
     record = json.loads(out.read_text())
@@ -81,6 +81,7 @@ def test_a_tiny_run(tmp_path, capsys):
     for row in record["rows"]:
         turns = row["turns_ms"]
         assert len(turns["loop"]) == len(turns["bare"]) == 4  # of log_every steps
+        assert row["layers_records"] == 2  # 12 steps are rounded up to 20
         assert row["loop_ms"] == pytest.approx(sum(turns["loop"]) / 4)
         assert row["overhead"] == pytest.approx(sum(turns["loop"]) / sum(turns["bare"]) - 1)
         shares = [row[f"{name}_share"] for name in loop.PHASES]
