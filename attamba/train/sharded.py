@@ -15,7 +15,8 @@ import os
 import shutil
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from attamba.data.files import sync
@@ -109,6 +111,8 @@ class Saver:
         try:
             getattr(written, "upload_completion", written).result()
             return self._hash(aside)
+        except CheckpointException as failed:
+            return _first_failure(failed)
         except Exception as error:
             return error
 
@@ -131,6 +135,7 @@ class Saver:
             outcome = [lost]
         if outcome[0] is not None:
             self._failed = CheckpointError(cannot_save(self.folder / name, outcome[0]))
+            self._failed.is_echo = not self.ranks.is_main  # type: ignore[attr-defined]
 
     def _hash(self, aside: Path) -> dict[str, Any]:
         """Manifest entries of this rank's files, which are on the disk then."""
@@ -181,7 +186,8 @@ def restore_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
             raise CheckpointError(
                 f"tensor {name} of {folder / SHARDS} does not fit the model; {remedy(folder)}"
             )
-    dcp.load(tensors, storage_reader=reader)
+    with _told(folder):
+        dcp.load(tensors, storage_reader=reader)
     state = {
         name.removeprefix("optimizer."): tensor
         for name, tensor in tensors.items()
@@ -201,10 +207,31 @@ def read_shards(folder: Path, prefix: str) -> dict[str, Tensor]:
         for name, found in _metadata(reader).items()
         if name.startswith(prefix)
     }
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _told(folder):
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as meant
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """What keeps shards from being read becomes a CheckpointError."""
+    try:
+        yield
+    except CheckpointException as failed:
+        raise CheckpointError(
+            f"cannot read {folder / SHARDS}: {_first_failure(failed)}. If that may pass, the same "
+            f"command goes on; if not, {remedy(folder)}"
+        ) from failed
+
+
+def _first_failure(failed: CheckpointException) -> Exception:
+    """Of the ranks that failed, the first one's error.
+
+    torch.distributed.checkpoint raises them together, as a BaseException that is no Exception.
+    """
+    error, _ = failed.failures[min(failed.failures)]
+    return error if isinstance(error, Exception) else RuntimeError(str(error))
 
 
 def _metadata(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
+import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 from meshes import assert_same_records
 from ranks import on_ranks, train_until
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from attamba.cli import main
 from attamba.config import RunConfig
@@ -140,7 +143,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(make_config, how, text):
 
 
 def full_disk(config: RunConfig) -> str:
-    """The second checkpoint cannot be written on rank 1."""
+    """Of the second checkpoint what rank 1 wrote cannot be read again."""
     from attamba.train.sharded import entry
 
     def fail(path: Path) -> dict:
@@ -152,15 +155,52 @@ def full_disk(config: RunConfig) -> str:
     return refused(config)
 
 
-def test_a_full_disk_on_one_rank_is_told_on_all_and_leaves_what_was(make_config):
+def full_disk_of_the_system(config: RunConfig) -> str:
+    """Rank 1 can write no second checkpoint, by a limit that the kernel enforces."""
+    save = sharded.Saver.save
+
+    def fill(self: sharded.Saver, step: int, *rest) -> None:
+        if os.environ["RANK"] == "1" and step == 8:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, -1))
+        save(self, step, *rest)
+
+    sharded.Saver.save = fill
+    return refused(config)
+
+
+@pytest.mark.parametrize(
+    ("fails", "reason"),
+    [(full_disk, "No space left"), (full_disk_of_the_system, "File too large")],
+)
+def test_a_full_disk_on_one_rank_is_told_on_all_and_leaves_what_was(make_config, fails, reason):
     config = make_config()
-    for text in on_ranks(2, full_disk, config):
-        assert "cannot save" in text and "step-00000008" in text and "No space left" in text
+    for text in on_ranks(2, fails, config):
+        assert "cannot save" in text and "step-00000008" in text and reason in text
         assert "step-00000004 is whole, and the same command goes on from it" in text
     names = [path.name for path in (Path(config.out) / "checkpoints").iterdir()]
     assert names == ["step-00000004"]
     straight = on_ranks(2, train_until, make_config(out="straight"))
     assert on_ranks(2, train_until, config) == straight
+
+
+def unreadable(config: RunConfig) -> str:
+    """Rank 1 cannot read its part of the checkpoint."""
+
+    def fail(self: HuggingFaceStorageReader, *args) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    if os.environ["RANK"] == "1":
+        HuggingFaceStorageReader.read_data = fail
+    return refused(config)
+
+
+def test_a_checkpoint_that_one_rank_cannot_read_is_told_on_all(make_config):
+    config = make_config()
+    on_ranks(2, train_until, config, 5)
+    for text in on_ranks(2, unreadable, config):
+        assert "cannot read" in text and "Input/output error" in text
+        assert "the same command goes on" in text
+    assert list_checkpoints(config.out)[-1].name == "step-00000005"
 
 
 def slow_writing(config: RunConfig) -> list[list[int]]:
