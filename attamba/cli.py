@@ -19,15 +19,17 @@ from attamba import __version__
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 """How a key=value argument begins."""
 
+FAILED, MISTAKE = 1, 2
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as shells count
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status.
 
-    0: done. 2: the user's mistake, told in one line on standard error (--debug: with traceback).
-    75: SIGTERM or SIGUSR1 during training, which has saved: start it again. 130: Ctrl-C. 141:
-    nobody reads standard output any more.
+    0: done. 2: the user's mistake, told in one line on standard error (--debug: with traceback). 1:
+    what failed after training had begun, as a full disk, told likewise; another try may go on. 75:
+    SIGTERM or SIGUSR1 during training, which has saved what it had: start it again. 130: Ctrl-C.
+    141: nobody reads standard output any more.
     """
     args = parse(argv)
     try:
@@ -37,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except KeyboardInterrupt as stopped:
-        if os.environ.get("RANK", "0") == "0":  # torchrun stops all ranks alike
-            print(f"\nattamba: {str(stopped) or 'interrupted'}", file=sys.stderr)
-        return getattr(stopped, "exit_status", INTERRUPTED)
+        return _leave(stopped)
     except (ValueError, OSError, ImportError) as error:
         return _fail(error, args.debug)
     except RuntimeError as error:
@@ -57,15 +57,23 @@ def _run(args: argparse.Namespace) -> int:
         return args.command(args)
     try:
         return args.command(args)
+    except KeyboardInterrupt as stopped:
+        status = _leave(stopped)
     except Exception as error:
-        status = 1
+        status = FAILED
         if isinstance(error, (ValueError, OSError, ImportError)) or _is_told(error):
             status = _fail(error, args.debug)
         else:
             traceback.print_exception(error)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _leave(stopped: KeyboardInterrupt) -> int:
+    if os.environ.get("RANK", "0") == "0":  # torchrun stops all ranks alike
+        print(f"\nattamba: {str(stopped) or 'interrupted'}", file=sys.stderr)
+    return getattr(stopped, "exit_status", INTERRUPTED)
 
 
 def _is_told(error: Exception) -> bool:
@@ -76,8 +84,9 @@ def _is_told(error: Exception) -> bool:
 
 
 def _fail(error: Exception, debug: bool) -> int:
+    status = FAILED if getattr(error, "in_loop", False) else MISTAKE
     if getattr(error, "is_echo", False):
-        return 2  # of torchrun's ranks, the one that it happened to tells it
+        return status  # of torchrun's ranks, the one that it happened to tells it
     if debug:
         traceback.print_exception(error)
     if isinstance(error, OSError) and error.filename is not None:
@@ -85,7 +94,7 @@ def _fail(error: Exception, debug: bool) -> int:
     else:
         message = str(error) or type(error).__name__
     print(f"attamba: error: {message}", file=sys.stderr)
-    return 2
+    return status
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

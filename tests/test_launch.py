@@ -167,6 +167,42 @@ def test_the_agent_passes_signals_on_and_waits(number: signal.Signals, tmp_path:
     assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == [number.name] * 2
 
 
+SLEEPS = """
+import os, time
+open(f"ready-{os.environ['RANK']}", "w").close()
+time.sleep(100)
+"""
+PREPARES = """
+import os, time
+from attamba.cli import main
+from attamba.train import loop
+
+def preparing(*args, **kwargs):
+    for rank in (0, 1):
+        open(f"ready-{rank}", "w").close()
+    time.sleep(100)
+
+loop.open_sources = preparing
+raise SystemExit(main(["train", os.environ["CONFIG"], "data.train=text.txt", "out=run"]))
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize("module", [SLEEPS, PREPARES], ids=["importing", "preparing"])
+def test_ranks_that_are_told_to_leave_before_the_first_step(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they do not heed signals yet, and where one works and the other waits for it."""
+    monkeypatch.setenv("CONFIG", str(ROOT / "configs" / "tiny.yaml"))
+    agent = _agent(tmp_path, module)
+    _wait(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)))
+    agent.send_signal(signal.SIGTERM)
+    _, told = agent.communicate(timeout=60)
+    assert agent.returncode == 75, told
+    assert "Traceback" not in told
+    assert told.count("while no step was under way") == (module is PREPARES)
+
+
 def _wait(until: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not until():

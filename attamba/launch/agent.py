@@ -4,8 +4,8 @@
 
 differs from `torchrun` in two things. SIGTERM and SIGUSR1 go on to the ranks, and torchrun waits
 for them to save, where it would kill them after 30 seconds (SIGTERM) or die itself (SIGUSR1). And
-where ranks leave with the status that asks for a requeue it leaves with the same, where it would
-leave with 1 and a traceback.
+where ranks leave with the status that asks for a requeue, or are ended by such a signal before they
+heed it, it leaves with that status, where it would leave with 1 and a traceback.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from attamba.train.interrupt import REQUEUE_STATUS, TrainingInterrupted
 CHILDREN = Path(f"/proc/self/task/{os.getpid()}/children")
 """Processes that the main thread started, on Linux."""
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
+_passed: set[int] = set()
+"""Signals that went on to the ranks."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,9 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run.run(run.parse_args(arguments))
     except ChildFailedError as error:
-        # Ranks that torchrun ended after the first are told by a signal, below zero.
-        statuses = {failure.exitcode for failure in error.failures.values() if failure.exitcode > 0}
-        status = statuses.pop() if len(statuses) == 1 else 1
+        status = _status({failure.exitcode for failure in error.failures.values()})
         if status not in (REQUEUE_STATUS, TrainingInterrupted.exit_status):
             print(error, file=sys.stderr)
         return status
@@ -48,7 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _status(of_ranks: set[int]) -> int:
+    """What to leave with. Those of ranks that a signal ended, which torchrun may have sent after
+    the first had left, are below zero."""
+    told = {-number for number in _passed}
+    if told and of_ranks <= {*told, REQUEUE_STATUS}:  # some had not come to heed it yet
+        return REQUEUE_STATUS
+    left = {status for status in of_ranks if status > 0}
+    return left.pop() if len(left) == 1 else 1
+
+
 def _pass_on(number: int, frame: object) -> None:
+    _passed.add(number)
     for child in CHILDREN.read_text().split():
         os.kill(int(child), number)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 REQUEUE_STATUS = 75
@@ -12,7 +14,8 @@ REQUEUE_STATUS = 75
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Training was stopped from outside after it had saved; the text says how to go on."""
+    """Training was stopped from outside, after it had saved if it had come to a step; the text says
+    how to go on."""
 
     exit_status = 130
     """Of the command: 128 + SIGINT, as shells count."""
@@ -22,6 +25,39 @@ class TrainingPreempted(TrainingInterrupted):
     """It was SIGTERM or SIGUSR1, by which schedulers take machines back."""
 
     exit_status = REQUEUE_STATUS
+
+
+@contextmanager
+def left_at_once(run_dir: Path) -> Iterator[None]:
+    """While entered, SIGTERM and SIGUSR1 raise TrainingPreempted: where no step is under way.
+
+    A StopRequest that is entered within takes their place. Signals that were ignored stay so.
+    """
+
+    def leave(number: int, frame: object) -> None:
+        raise TrainingPreempted(
+            f"Told to leave by {signal.Signals(number).name} while no step was under way; the same "
+            f"command goes on, from the last checkpoint if there is one (out={run_dir})"
+        )
+
+    previous = _handled((signal.SIGTERM, signal.SIGUSR1), leave)
+    try:
+        yield
+    finally:
+        _restored(previous)
+
+
+def _handled(numbers: Sequence[int], handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Set a handler; returns those before it. Outside the main thread Python takes none."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heeded}
+
+
+def _restored(previous: dict[int, Any]) -> None:
+    while previous:
+        signal.signal(*previous.popitem())
 
 
 class StopRequest:
@@ -54,21 +90,14 @@ class StopRequest:
         return self._stopped
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._previous[number] = signal.signal(number, self._handle)
+        self._previous = _handled((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._restore()
+        _restored(self._previous)
 
     def _handle(self, number: int, frame: object) -> None:
         self._stopped = True
         self.preempted = self.preempted or number != signal.SIGINT
         if not self._patient:
-            self._restore()
-
-    def _restore(self) -> None:
-        while self._previous:
-            signal.signal(*self._previous.popitem())
+            _restored(self._previous)

@@ -17,7 +17,12 @@ from attamba.train.beside import Beside
 from attamba.train.distributed import Ranks, lock_for_all, open_ranks
 from attamba.train.float8 import check_float8
 from attamba.train.follow import RESULTS
-from attamba.train.interrupt import StopRequest, TrainingInterrupted, TrainingPreempted
+from attamba.train.interrupt import (
+    StopRequest,
+    TrainingInterrupted,
+    TrainingPreempted,
+    left_at_once,
+)
 from attamba.train.metrics import MetricsLog, Record, Unwritten, records_up_to, rewrite
 from attamba.train.observers import Observer, open_observers
 from attamba.train.passes import check_cuda_graphs
@@ -59,7 +64,8 @@ def train(
 
     If the folder holds a checkpoint of the same configuration and data, training goes on from it
     and repeats what the uninterrupted run would have done: on CPU bit for bit. Ctrl-C, SIGTERM and
-    SIGUSR1 finish the step and save. Sets torch's global random state.
+    SIGUSR1 finish the step and save; before the first step they end it at once. Sets torch's global
+    random state.
 
     Under torchrun all ranks call this, share the work as config.parallel says and return the same;
     rank 0 alone writes metrics, so the records of the others are empty.
@@ -93,7 +99,11 @@ def open_loop(
     with torch.device("meta"):  # before texts: it finds what is wrong with a boundary's options
         build_model(config.model)
     run_dir = Path(config.out)
-    with open_ranks(config) as ranks:
+    with (
+        left_at_once(run_dir),
+        open_ranks(config) as ranks,
+        Watchdog(ranks, config.parallel.hang_timeout) as watchdog,
+    ):
         ranks.on_each(lambda: check_float8(config, ranks.device))
         ranks.on_each(lambda: check_cuda_graphs(config, ranks.device, ranks.size))
         tasks = _load_tasks(config, ranks)
@@ -104,7 +114,7 @@ def open_loop(
         ):
             checkpoint = open_run_folder(run_dir, config, ranks, resume=resume, say=progress.say)
             sources = _sources_of_rank(config, run_dir, ranks, checkpoint is None, progress)
-            run = Run(config, sources, ranks, Watchdog(ranks, config.parallel.hang_timeout))
+            run = Run(config, sources, ranks, watchdog)
             if checkpoint is not None:
                 run.resume(checkpoint)
                 progress.say(f"Going on from {checkpoint}")
@@ -112,11 +122,24 @@ def open_loop(
                 told_status(run_dir, ranks),
                 ranks.on_each(lambda: _open_metrics(run)) as metrics,
                 _open_beside(config, ranks, metrics, progress) as beside,
-                run.watchdog,
+                watchdog.in_loop(),
                 StopRequest(should_stop, patient=not ranks.alone) as stop,
             ):
                 observers = [*open_observers(run, progress.say), beside]
-                yield Loop(run, tasks, metrics, progress, stop, on_log, observers)
+                with _failures_marked():
+                    yield Loop(run, tasks, metrics, progress, stop, on_log, observers)
+
+
+@contextmanager
+def _failures_marked() -> Iterator[None]:
+    """Errors of a loop that ran are marked `in_loop`: another try of the command may go on."""
+    try:
+        yield
+    except TrainingDiverged:  # as it would the next time
+        raise
+    except Exception as error:
+        error.in_loop = True  # type: ignore[attr-defined]
+        raise
 
 
 def _sources_of_rank(

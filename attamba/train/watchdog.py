@@ -12,6 +12,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 from typing import NoReturn
@@ -27,9 +29,11 @@ _VERDICT = "verdict"
 
 
 class Watchdog:
-    """While entered, watches that `beat` is called at least every `timeout` seconds.
+    """While entered, watches that every rank is there; within in_loop, that it gets on as well.
 
-    On a process alone it does nothing. Made by all ranks at once.
+    Before the loop ranks may take their time, for one of them prepares texts and the others wait.
+    In it each has to call `beat` at least every `timeout` seconds. With the loop the watch ends. On
+    a process alone it does nothing. Made by all ranks at once.
     """
 
     def __init__(self, ranks: Ranks, timeout: float) -> None:
@@ -66,6 +70,18 @@ class Watchdog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._end()
+
+    @contextmanager
+    def in_loop(self) -> Iterator[None]:
+        """See Watchdog."""
+        self.beat("the first step")
+        try:
+            yield
+        finally:
+            self._end()
+
+    def _end(self) -> None:
         self._over.set()
         if self._thread is not None:
             self._thread.join()
@@ -82,7 +98,8 @@ class Watchdog:
                 self._store.set(str(self.ranks.rank), f"{ticks} {beats} {self._at}")
                 if self.ranks.is_main:
                     self._listen(heard, now)
-                    if now - moved > self.timeout:
+                    quiet = [now - when for _, when in heard.values()]
+                    if (now - moved if beats else max(quiet)) > self.timeout:
                         self._store.set(_VERDICT, suspects(heard, now, self.timeout / 2))
                 if self._store.check([_VERDICT]):
                     self._leave(self._store.get(_VERDICT).decode())

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from attamba.data import Batches
 from attamba.train import (
     TrainingInterrupted,
     list_checkpoints,
+    loop,
     read_metrics,
     train,
 )
@@ -84,6 +86,19 @@ def test_a_signal_to_a_process_alone(make_config):
     assert list_checkpoints(config.out)[-1].name == "step-00000003"
 
 
+def test_a_signal_before_the_first_step_to_a_process_alone(make_config, monkeypatch):
+    def preparing(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(loop, "open_sources", preparing)
+    with pytest.raises(
+        TrainingPreempted, match="SIGTERM while no step was under way; the same com"
+    ):
+        train(make_config())
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_a_second_signal_changes_nothing_for_the_patient():
     with StopRequest(patient=True) as stop:
         os.kill(os.getpid(), signal.SIGINT)
@@ -138,6 +153,40 @@ def test_a_rank_that_hangs_is_named(make_config, how, text):
             process.kill()
 
 
+def prepare_slowly(config: RunConfig, seconds: float, stopped: bool) -> None:
+    """Rank 0 takes so long to prepare texts; rank 1 waits for it, or is stopped meanwhile."""
+    os.dup2(os.open(f"{config.out}.err{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY), 2)
+    open_sources = loop.open_sources
+
+    def slow(*args, **kwargs):
+        if os.environ["RANK"] == "0":
+            time.sleep(seconds)
+        return open_sources(*args, **kwargs)
+
+    loop.open_sources = slow
+    if stopped and os.environ["RANK"] == "1":
+        threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+    train(config)
+
+
+def test_a_rank_that_is_gone_before_the_first_step_is_named(make_config):
+    config = make_config({"parallel.hang_timeout": 2.0})
+    processes, _ = start_ranks(2, prepare_slowly, config, 60.0, True)
+    try:
+        processes[0].join(30)
+        assert processes[0].exitcode == HANG_STATUS
+        assert "rank 1 does not answer" in Path(f"{config.out}.err0").read_text()
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_ranks_may_wait_for_texts_longer_than_a_step_may_take(make_config):
+    config = make_config({"parallel.hang_timeout": 1.0})
+    on_ranks(2, prepare_slowly, config, 3.0, False)
+    assert list_checkpoints(config.out)[-1].name == "step-00000012"
+
+
 def test_who_is_suspected():
     now = 100.0
     moving = {0: ("9 40 step 5", 99.0), 1: ("9 38 step 5", 99.5), 2: ("9 40 step 5", 99.9)}
@@ -160,25 +209,28 @@ def steps_done(folder: str) -> int:
     return max((r["step"] for r in read_metrics(path)), default=0) if path.exists() else 0
 
 
-def test_a_rank_killed_at_any_moment_loses_no_more_than_since_the_last_checkpoint(make_config):
-    """20 times; each time up to three steps further than before, and a moment more; or at starting.
+@pytest.mark.parametrize(("n_ranks", "times"), [(2, 14), (4, 6)])
+def test_a_rank_killed_at_any_moment_loses_no_more_than_since_the_last_checkpoint(
+    make_config, n_ranks, times
+):
+    """20 times in all; each time up to three steps further than before, and a moment more; or at starting.
 
     Those that have met end by themselves; those that have not wait for the one that is gone, and
     are killed, as torchrun does.
     """
-    change = {"train.steps": 150, "train.save_every": 2, "train.eval_every": 10}
+    change = {"train.steps": 10 * times + 10, "train.save_every": 2, "train.eval_every": 10}
     straight, config = make_config(change, out="straight"), make_config(change, out="killed")
-    on_ranks(2, train, straight, timeout=120)
+    on_ranks(n_ranks, train, straight, timeout=120)
     wanted = curve(straight.out)
     draw = random.Random(0)
-    for _ in range(20):
+    for _ in range(times):
         ahead = draw.randint(0, 3)
         until = steps_done(config.out) + ahead
-        processes, _ = start_ranks(2, train, config)
+        processes, _ = start_ranks(n_ranks, train, config)
         while steps_done(config.out) < until and all(p.is_alive() for p in processes):
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 0.05 if ahead else 0.5))
-        killed = processes[draw.randrange(2)]
+        killed = processes[draw.randrange(n_ranks)]
         assert killed.is_alive()
         killed.kill()
         for process in processes:
@@ -192,7 +244,7 @@ def test_a_rank_killed_at_any_moment_loses_no_more_than_since_the_last_checkpoin
         # What was lost the last time was repeated, so that it all stands as if nothing had been.
         if steps_done(config.out):
             assert curve(config.out) == wanted[: len(curve(config.out))]
-    on_ranks(2, train, config, timeout=120)
+    on_ranks(n_ranks, train, config, timeout=120)
     assert curve(config.out) == wanted
 
 
