@@ -213,7 +213,7 @@ def steps_done(folder: str) -> int:
 def test_a_rank_killed_at_any_moment_loses_no_more_than_since_the_last_checkpoint(
     make_config, n_ranks, times
 ):
-    """20 times in all; each time up to three steps further than before, and a moment more; or at starting.
+    """20 times in all; up to three steps further than before, and a moment more; or at starting.
 
     Those that have met end by themselves; those that have not wait for the one that is gone, and
     are killed, as torchrun does.
