@@ -7,18 +7,21 @@ import random
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from attamba.config import RunConfig
 from attamba.data import Batch, load_tokenizer, prepare
 from attamba.models import build_model
 from attamba.train import losses
 from attamba.train.optim import build_optimizer
+from attamba.train.passes import CapturedPasses, Passes
 
 
 class BareStep:
     """Forward, backward, clipping and AdamW of a fresh model, and nothing else.
 
-    Kernel by kernel, without CUDA graphs; P is the model's own, also where training draws it.
+    Launched as the loop does: with train.cuda_graphs from CUDA graphs, else kernel by kernel. P is
+    the model's own, also where training draws it.
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
@@ -31,6 +34,9 @@ class BareStep:
         self._optimizer = build_optimizer(self.model, config.optim)
         self._limit = config.optim.grad_clip or math.inf
         self._rows = config.data.batch_size // config.train.accumulate
+        self._passes = Passes(self._mean_loss, 1.0)
+        if config.train.cuda_graphs:
+            self._passes = CapturedPasses(self._mean_loss, 1.0, self.model.parameters())
 
     def parts(self, batch: Batch) -> list[losses.Rows]:
         """The batch on the device, a forward pass each."""
@@ -39,11 +45,16 @@ class BareStep:
     def __call__(self, parts: list[losses.Rows], scored: int) -> None:
         """One step. scored: the batch's targets that count."""
         self._optimizer.zero_grad()
+        of_step = torch.full((), float(scored), device=self.device)
         for rows in parts:
-            logits = losses.logits(self._forward, rows, self.config)
-            (self._nats(logits, rows.targets) / scored).backward()
+            self._passes.forward(rows, of_step)
+            self._passes.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._limit)
         self._optimizer.step()
+
+    def _mean_loss(self, rows: losses.Rows, scored: Tensor) -> Tensor:
+        """The rows' share of the mean over the `scored` targets of the step."""
+        return self._nats(losses.logits(self._forward, rows, self.config), rows.targets) / scored
 
 
 def write_text(folder: str, config: RunConfig) -> str:

@@ -3,8 +3,8 @@
 The loop runs with all it has: rows read from a prepared folder, documents apart, metrics to JSON
 lines and TensorBoard, statistics of layers, steps that jump left out; on a GPU bfloat16 and
 compiled. The bare step is forward, backward, clipping and AdamW of the same model on the same rows,
-which lie on the device. Both live in one process and take steps in turns. Statistics of layers are
-timed as often as `--layers-every` says.
+which lie on the device, launched as the loop launches its own (train.cuda_graphs). Both live in one
+process and take steps in turns. Statistics of layers are timed as often as `--layers-every` says.
 """
 
 from __future__ import annotations
