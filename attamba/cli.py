@@ -7,6 +7,7 @@ does not wait for torch.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import re
@@ -15,21 +16,21 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from attamba import __version__
+from attamba.exit_status import BROKEN_PIPE, FAILED, INTERRUPTED, MISTAKE
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 """How a key=value argument begins."""
-
-FAILED, MISTAKE = 1, 2
-INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as shells count
+PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
+"""Errors of the system that are no mistake in a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status.
 
     0: done. 2: the user's mistake, told in one line on standard error (--debug: with traceback). 1:
-    what failed after training had begun, as a full disk, told likewise; another try may go on. 75:
+    what failed after training had begun, or a full disk, told likewise; another try may go on. 75:
     SIGTERM or SIGUSR1 during training, which has saved what it had: start it again. 130: Ctrl-C.
-    141: nobody reads standard output any more.
+    141: nobody reads standard output any more. See exit_status.
     """
     args = parse(argv)
     try:
@@ -83,8 +84,13 @@ def _is_told(error: Exception) -> bool:
     return isinstance(error, (CheckpointError, TrainingDiverged))
 
 
+def _may_pass(error: Exception) -> bool:
+    """Not a mistake in the command?"""
+    return getattr(error, "may_pass", False) or getattr(error, "errno", None) in PASSING
+
+
 def _fail(error: Exception, debug: bool) -> int:
-    status = FAILED if getattr(error, "in_loop", False) else MISTAKE
+    status = FAILED if _may_pass(error) else MISTAKE
     if getattr(error, "is_echo", False):
         return status  # of torchrun's ranks, the one that it happened to tells it
     if debug:

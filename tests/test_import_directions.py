@@ -21,7 +21,7 @@ PACKAGE = Path(attamba.__file__).parent
 
 # A part may import parts of an earlier line, and of its own.
 LAYERS = [
-    {"config", "mixers", "monitoring", "parsing", "data", "ops"},
+    {"exit_status", "config", "mixers", "monitoring", "parsing", "data", "ops"},
     {"modules"},
     {"models"},
     {
@@ -35,6 +35,7 @@ RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
 # Parts that are told apart within a line, or held to less than it allows.
 ALLOWED = {
+    "exit_status": {"exit_status"},
     "mixers": {"mixers"},
     "monitoring": {"monitoring", "mixers"},
     "parsing": {"parsing", "mixers"},

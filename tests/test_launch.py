@@ -203,6 +203,23 @@ def test_ranks_that_are_told_to_leave_before_the_first_step(
     assert told.count("while no step was under way") == (module is PREPARES)
 
 
+@needs_proc
+def test_the_agent_is_told_to_leave_before_it_has_ranks(tmp_path: Path) -> None:
+    agent = _agent(tmp_path, SLEEPS)
+    _wait(lambda: _heeds(agent.pid, signal.SIGUSR1))
+    agent.send_signal(signal.SIGUSR1)
+    _, told = agent.communicate(timeout=60)
+    assert agent.returncode == 75, told
+    assert not list(tmp_path.glob("ready-*"))
+
+
+def _heeds(process: int, number: signal.Signals) -> bool:
+    """Has the process a handler for the signal?"""
+    status = Path(f"/proc/{process}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
 def _wait(until: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not until():

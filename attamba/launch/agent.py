@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from attamba.train.interrupt import REQUEUE_STATUS, TrainingInterrupted
+from attamba.exit_status import FAILED, INTERRUPTED, REQUEUE
 
 CHILDREN = Path(f"/proc/self/task/{os.getpid()}/children")
 """Processes that the main thread started, on Linux."""
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run.run(run.parse_args(arguments))
     except ChildFailedError as error:
         status = _status({failure.exitcode for failure in error.failures.values()})
-        if status not in (REQUEUE_STATUS, TrainingInterrupted.exit_status):
+        if status not in (REQUEUE, INTERRUPTED):
             print(error, file=sys.stderr)
         return status
     except SignalException as error:
@@ -52,16 +52,19 @@ def _status(of_ranks: set[int]) -> int:
     """What to leave with. Those of ranks that a signal ended, which torchrun may have sent after
     the first had left, are below zero."""
     told = {-number for number in _passed}
-    if told and of_ranks <= {*told, REQUEUE_STATUS}:  # some had not come to heed it yet
-        return REQUEUE_STATUS
+    if told and of_ranks <= {*told, REQUEUE}:  # some had not come to heed it yet
+        return REQUEUE
     left = {status for status in of_ranks if status > 0}
-    return left.pop() if len(left) == 1 else 1
+    return left.pop() if len(left) == 1 else FAILED
 
 
 def _pass_on(number: int, frame: object) -> None:
     _passed.add(number)
-    for child in CHILDREN.read_text().split():
-        os.kill(int(child), number)
+    ranks = CHILDREN.read_text().split()
+    if not ranks:  # not started yet
+        raise SystemExit(REQUEUE)
+    for rank in ranks:
+        os.kill(int(rank), number)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attamba.train.interrupt import REQUEUE_STATUS
+from attamba.exit_status import MISTAKE, REQUEUE
 
-MISTAKE = 2
-"""Exit status of a mistake in the command, which would be made again."""
 FIRST_PORT, PORTS = 20_000, 10_000
 """Where the machines of a job meet: a port of the first one, by the job's number."""
 
@@ -73,7 +71,7 @@ class Job:
         port = FIRST_PORT + int(env.raw_job_id) % PORTS
         found = meeting(self.nodes, env.node, env.hostnames[0], port, env.raw_job_id)
         status = subprocess.run(torchrun(self.gpus, self.train, found)).returncode
-        preempted = status == REQUEUE_STATUS
+        preempted = status == REQUEUE
         again = env.node == 0 if preempted else status and self._may_restart(status, env.raw_job_id)
         if again:
             subprocess.run(["scontrol", "requeue", env.raw_job_id], check=True)

@@ -9,22 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-REQUEUE_STATUS = 75
-"""Exit status after SIGTERM or SIGUSR1, EX_TEMPFAIL of sysexits.h: start the same command again."""
+from attamba.exit_status import INTERRUPTED, REQUEUE
 
 
 class TrainingInterrupted(KeyboardInterrupt):
     """Training was stopped from outside, after it had saved if it had come to a step; the text says
     how to go on."""
 
-    exit_status = 130
-    """Of the command: 128 + SIGINT, as shells count."""
+    exit_status = INTERRUPTED
+    """Of the command."""
 
 
 class TrainingPreempted(TrainingInterrupted):
     """It was SIGTERM or SIGUSR1, by which schedulers take machines back."""
 
-    exit_status = REQUEUE_STATUS
+    exit_status = REQUEUE
 
 
 @contextmanager
@@ -64,13 +63,14 @@ class StopRequest:
     """While entered, the first Ctrl-C, SIGTERM or SIGUSR1 sets `requested`, for the loop to see.
 
     An optimizer step that is cut in two would leave weights that no checkpoint should hold. A
-    second signal acts at once, as it would have without this class. Signals that were ignored
-    stay ignored (nohup), and outside the main thread, where Python takes no handlers, nothing is
-    changed.
+    second Ctrl-C acts at once, as it would have without this class; schedulers send SIGUSR1 and
+    then SIGTERM, and in the end kill what stays. Signals that were ignored stay ignored (nohup),
+    and outside the main thread, where Python takes no handlers, nothing is changed.
 
     should_stop: asked whenever `requested` is read; its first True is kept.
-    patient: further signals change nothing. Under torchrun a rank often gets each signal twice,
-        from the scheduler or terminal and from torchrun, which in the end kills those that stay.
+    patient: a second Ctrl-C changes nothing either. Under torchrun a rank often gets each signal
+        twice, from the scheduler or terminal and from torchrun, which in the end kills those that
+        stay.
     """
 
     def __init__(
@@ -99,5 +99,5 @@ class StopRequest:
     def _handle(self, number: int, frame: object) -> None:
         self._stopped = True
         self.preempted = self.preempted or number != signal.SIGINT
-        if not self._patient:
-            _restored(self._previous)
+        if not self._patient and signal.SIGINT in self._previous:
+            signal.signal(signal.SIGINT, self._previous.pop(signal.SIGINT))

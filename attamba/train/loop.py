@@ -30,6 +30,7 @@ from attamba.train.progress import Silent, open_progress
 from attamba.train.run import Run, TrainingDiverged
 from attamba.train.run_folder import open_run_folder, told_status
 from attamba.train.sources import Sources, open_sources
+from attamba.train.storage import CheckpointError
 from attamba.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -64,8 +65,8 @@ def train(
 
     If the folder holds a checkpoint of the same configuration and data, training goes on from it
     and repeats what the uninterrupted run would have done: on CPU bit for bit. Ctrl-C, SIGTERM and
-    SIGUSR1 finish the step and save; before the first step they end it at once. Sets torch's global
-    random state.
+    SIGUSR1 finish the step and save; the last two end it at once where no step is under way, before
+    the first and after the last. Sets torch's global random state.
 
     Under torchrun all ranks call this, share the work as config.parallel says and return the same;
     rank 0 alone writes metrics, so the records of the others are empty.
@@ -122,6 +123,7 @@ def open_loop(
                 told_status(run_dir, ranks),
                 ranks.on_each(lambda: _open_metrics(run)) as metrics,
                 _open_beside(config, ranks, metrics, progress) as beside,
+                _begun_together(ranks),
                 watchdog.in_loop(),
                 StopRequest(should_stop, patient=not ranks.alone) as stop,
             ):
@@ -131,14 +133,21 @@ def open_loop(
 
 
 @contextmanager
+def _begun_together(ranks: Ranks) -> Iterator[None]:
+    """From here on signals are heeded between steps, on all ranks alike."""
+    ranks.largest(0)
+    yield
+
+
+@contextmanager
 def _failures_marked() -> Iterator[None]:
-    """Errors of a loop that ran are marked `in_loop`: another try of the command may go on."""
+    """Errors of a loop that ran are marked `may_pass`: another try of the command may go on."""
     try:
         yield
     except TrainingDiverged:  # as it would the next time
         raise
     except Exception as error:
-        error.in_loop = True  # type: ignore[attr-defined]
+        error.may_pass = True  # type: ignore[attr-defined]
         raise
 
 
@@ -233,6 +242,14 @@ class Loop:
         except (TrainingDiverged, TrainingInterrupted):
             run.finish_saving()
             raise
+        except RuntimeError as error:
+            # Those that were told to leave a moment before their first step do not come to it.
+            if not self.stop.preempted or run.ranks.alone or isinstance(error, CheckpointError):
+                raise
+            raise TrainingPreempted(
+                f"Told to leave, as other ranks that are gone already; the same command goes on "
+                f"from the last checkpoint (out={run.config.out})"
+            ) from error
         finally:
             for observer in self.observers:
                 observer.close(run)

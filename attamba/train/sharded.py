@@ -75,7 +75,9 @@ class Saver:
             self.ranks.on_main(lambda: _begin(aside, self.folder / name, write_rest))
             self.ranks.on_each(lambda: sync(aside / SHARDS))  # each sees the folder
         except OSError as error:
-            raise CheckpointError(cannot_save(self.folder / name, error)) from error
+            failed = CheckpointError(cannot_save(self.folder / name, error))
+            failed.is_echo = getattr(error, "is_echo", False)  # type: ignore[attr-defined]
+            raise failed from error
         writer = HuggingFaceStorageWriter(str(aside / SHARDS), save_distributed=True)
         written = dcp.async_save(
             tensors_of(model, optimizer), storage_writer=writer, process_group=self._group
@@ -112,7 +114,8 @@ class Saver:
             getattr(written, "upload_completion", written).result()
             return self._hash(aside)
         except CheckpointException as failed:
-            return _first_failure(failed)
+            error = _first_failure(failed)
+            return error if isinstance(error, Exception) else RuntimeError(str(error))
         except Exception as error:
             return error
 
@@ -131,11 +134,12 @@ class Saver:
         """Rank 0 tells all whether the checkpoint stands."""
         try:
             dist.broadcast_object_list(outcome, src=0, group=self._group)
+            is_echo = not self.ranks.is_main
         except RuntimeError as lost:  # a rank is gone, and with it the run
-            outcome = [lost]
+            outcome, is_echo = [lost], False
         if outcome[0] is not None:
             self._failed = CheckpointError(cannot_save(self.folder / name, outcome[0]))
-            self._failed.is_echo = not self.ranks.is_main  # type: ignore[attr-defined]
+            self._failed.is_echo = is_echo  # type: ignore[attr-defined]
 
     def _hash(self, aside: Path) -> dict[str, Any]:
         """Manifest entries of this rank's files, which are on the disk then."""
@@ -174,7 +178,8 @@ def restore_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     tensors that are missing or do not fit.
     """
     reader = HuggingFaceStorageReader(str(folder / SHARDS))
-    saved = {name: found.size for name, found in _metadata(reader).items()}
+    with _told(folder):
+        saved = {name: found.size for name, found in _metadata(reader).items()}
     tensors = tensors_of(model, optimizer)
     for name, parameter in model.named_parameters():
         if f"optimizer.{name}.{STATE[0]}" in saved:
@@ -215,23 +220,30 @@ def read_shards(folder: Path, prefix: str) -> dict[str, Tensor]:
 
 @contextmanager
 def _told(folder: Path) -> Iterator[None]:
-    """What keeps shards from being read becomes a CheckpointError."""
+    """What keeps shards from being read becomes a CheckpointError; Ctrl-C and signals stay."""
     try:
         yield
-    except CheckpointException as failed:
-        raise CheckpointError(
-            f"cannot read {folder / SHARDS}: {_first_failure(failed)}. If that may pass, the same "
-            f"command goes on; if not, {remedy(folder)}"
-        ) from failed
+    except (CheckpointException, OSError) as failed:
+        error: BaseException = failed
+        if isinstance(failed, CheckpointException):
+            error = _first_failure(failed)
+        if isinstance(error, KeyboardInterrupt):
+            raise error from None
+        told = CheckpointError(
+            f"cannot read {folder / SHARDS}: {error}. If that may pass, the same command goes on; "
+            f"if not, {remedy(folder)}"
+        )
+        told.may_pass = True  # type: ignore[attr-defined]
+        raise told from failed
 
 
-def _first_failure(failed: CheckpointException) -> Exception:
-    """Of the ranks that failed, the first one's error.
+def _first_failure(failed: CheckpointException) -> BaseException:
+    """Of the ranks that failed, the first one's error; one that was told to leave comes before.
 
     torch.distributed.checkpoint raises them together, as a BaseException that is no Exception.
     """
-    error, _ = failed.failures[min(failed.failures)]
-    return error if isinstance(error, Exception) else RuntimeError(str(error))
+    errors = [failed.failures[rank][0] for rank in sorted(failed.failures)]
+    return next((e for e in errors if isinstance(e, KeyboardInterrupt)), errors[0])
 
 
 def _metadata(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:

@@ -21,10 +21,9 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch import nn
 
+from attamba.exit_status import HANG
 from attamba.train.distributed import Ranks
 
-HANG_STATUS = 76
-"""Exit status of ranks that leave because one hangs (EX_PROTOCOL of sysexits.h)."""
 _VERDICT = "verdict"
 
 
@@ -127,7 +126,7 @@ class Watchdog:
         if self.ranks.is_main:
             time.sleep(self.timeout / 4)  # the others read the verdict here
         # The main thread is stuck in a collective that nothing can wake.
-        os._exit(HANG_STATUS)
+        os._exit(HANG)
 
 
 def suspects(heard: dict[int, tuple[str, float]], now: float, silence: float) -> str:

@@ -22,12 +22,13 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
 import attamba
-from attamba.cli import INTERRUPTED, main
+from attamba.cli import main
 from attamba.config import RunConfig
 from attamba.data import load_tokenizer
+from attamba.exit_status import INTERRUPTED
 from attamba.train import save_checkpoint
 
-MAIN = "import sys; from attamba.cli import INTERRUPTED, main; sys.exit(main())"
+MAIN = "import sys; from attamba.cli import main; sys.exit(main())"
 MIXER = {"type": "attamba", "n_heads": 4, "chunk_size": 4, "leading_tokens": 5, "ssm_heads": 2}
 
 

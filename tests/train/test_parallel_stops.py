@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ranks import Failed, on_ranks, start_ranks
+from ranks import Failed, on_ranks, start_ranks, train_until
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+from attamba import exit_status
 from attamba.config import ConfigError, RunConfig, to_dict
 from attamba.data import Batches
 from attamba.train import (
@@ -25,8 +27,8 @@ from attamba.train import (
     read_metrics,
     train,
 )
-from attamba.train.interrupt import REQUEUE_STATUS, StopRequest, TrainingPreempted
-from attamba.train.watchdog import HANG_STATUS, suspects
+from attamba.train.interrupt import StopRequest, TrainingPreempted
+from attamba.train.watchdog import suspects
 
 
 def curve(folder: str) -> list[tuple]:
@@ -59,8 +61,8 @@ def told_to_leave(config: RunConfig, number: int) -> tuple[str, int, str]:
     ("number", "name", "status"),
     [
         (signal.SIGINT, "TrainingInterrupted", 130),
-        (signal.SIGTERM, "TrainingPreempted", REQUEUE_STATUS),
-        (signal.SIGUSR1, "TrainingPreempted", REQUEUE_STATUS),
+        (signal.SIGTERM, "TrainingPreempted", exit_status.REQUEUE),
+        (signal.SIGUSR1, "TrainingPreempted", exit_status.REQUEUE),
     ],
 )
 def test_a_signal_to_one_rank_saves_and_ends_all(make_config, number, name, status):
@@ -84,6 +86,41 @@ def test_a_signal_to_a_process_alone(make_config):
     with pytest.raises(TrainingPreempted, match="Stopped after step 3"):
         train(config, on_log=preempt)
     assert list_checkpoints(config.out)[-1].name == "step-00000003"
+
+
+def test_the_two_signals_of_a_scheduler_to_a_process_alone(make_config):
+    def preempt(record: dict) -> None:
+        if record["step"] == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = make_config()
+    with pytest.raises(TrainingPreempted, match="Stopped after step 3"):
+        train(config, on_log=preempt)
+    assert list_checkpoints(config.out)[-1].name == "step-00000003"
+
+
+def told_to_leave_while_resuming(config: RunConfig) -> tuple[str, str]:
+    """Rank 1 alone gets the signal, where it reads its part of the checkpoint."""
+    read_data = HuggingFaceStorageReader.read_data
+
+    def signalled(self: HuggingFaceStorageReader, *args):
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read_data(self, *args)
+
+    HuggingFaceStorageReader.read_data = signalled
+    with pytest.raises(TrainingInterrupted) as caught:
+        train(config)
+    return type(caught.value).__name__, str(caught.value)
+
+
+def test_a_signal_while_a_checkpoint_is_read(make_config):
+    config = make_config()
+    on_ranks(2, train_until, config, 5)
+    for name, text in on_ranks(2, told_to_leave_while_resuming, config):
+        assert name == "TrainingPreempted" and "while no step was under way" in text
+    on_ranks(2, train, config)
 
 
 def test_a_signal_before_the_first_step_to_a_process_alone(make_config, monkeypatch):
@@ -141,13 +178,13 @@ def test_a_rank_that_hangs_is_named(make_config, how, text):
     processes, _ = start_ranks(2, hang, config, how)
     try:
         processes[0].join(30)
-        assert processes[0].exitcode == HANG_STATUS
+        assert processes[0].exitcode == exit_status.HANG
         said = Path(f"{config.out}.err0").read_text()
         assert "nothing has moved for 2 seconds (parallel.hang_timeout)" in said
         assert text in said, said
         if how == "asleep":
             processes[1].join(30)
-            assert processes[1].exitcode == HANG_STATUS
+            assert processes[1].exitcode == exit_status.HANG
     finally:
         for process in processes:
             process.kill()
@@ -174,7 +211,7 @@ def test_a_rank_that_is_gone_before_the_first_step_is_named(make_config):
     processes, _ = start_ranks(2, prepare_slowly, config, 60.0, True)
     try:
         processes[0].join(30)
-        assert processes[0].exitcode == HANG_STATUS
+        assert processes[0].exitcode == exit_status.HANG
         assert "rank 1 does not answer" in Path(f"{config.out}.err0").read_text()
     finally:
         for process in processes:
