@@ -291,7 +291,8 @@ class ParallelConfig:
     and decay rates too; it needs train.dtype=bfloat16."""
     hang_timeout: float = 600.0
     """Seconds without progress in the loop after which a run on several ranks names the one that
-    hangs, and ends. Compiling counts, and waiting for a checkpoint."""
+    hangs, and ends. Compiling counts, and waiting for a checkpoint. Before the loop it is the
+    seconds in which a rank does not answer at all."""
 
     def validate(self) -> None:
         for name in ("replicate", "tensor", "context"):
