@@ -19,6 +19,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+MINUTES = (
+    "test_parallel_stops.py",
+    "test_compiled_kernels.py",
+    "test_examples.py",
+    "test_shared_parallel.py",
+    "test_meshes.py",
+    "test_tasks.py",
+)
+"""Files that take a minute or two each, so that none of them is the last to begin."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in MINUTES)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

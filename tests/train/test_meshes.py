@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -122,7 +124,10 @@ def test_a_run_on_packed_sources_goes_on_in_other_meshes(make_meshed):
 
 
 def test_compiled_layers_of_ranks_that_share_rows(make_meshed):
-    """Compiled once for training, and once for validation's rows, however many chunks end."""
+    """Compiled once for training, and once for validation's rows, however many chunks end.
+
+    No machine code is made of the graphs: that test_shared_parallel does for every mesh.
+    """
     change: dict[str, Any] = {"model.n_layers": 1, "model.mixer": MIXERS[0]}
     change |= {"train.steps": 4, "train.eval_rows": 3, "train.save_every": 0}
     config = make_meshed("sources, best fit", {"context": 2}, change | {"out": "plain"})
@@ -130,7 +135,7 @@ def test_compiled_layers_of_ranks_that_share_rows(make_meshed):
         "sources, best fit", {"context": 2}, change | {"train.compile": True, "out": "compiled"}
     )
     plain, _ = on_ranks(2, train_until, config)
-    (records, graphs), _ = on_ranks(2, train_and_count_graphs, compiled, timeout=240)
+    (records, graphs), _ = on_ranks(2, train_and_count_graphs, compiled, timeout=120)
     assert_same_records(records, plain)
     first, last = graphs[0], graphs[-1]
     assert graphs[:3] == [first] * 3 and first < last <= 2 * first
@@ -140,5 +145,6 @@ def train_and_count_graphs(config: RunConfig) -> tuple[list[Record], list[int]]:
     """The records, and how many graphs there were after each step, and in the end."""
     stats = torch._dynamo.utils.counters["stats"]
     graphs: list[int] = []
-    records = train_until(config, at_step=lambda: graphs.append(stats["unique_graphs"]))
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
+        records = train_until(config, at_step=lambda: graphs.append(stats["unique_graphs"]))
     return records, [*graphs, stats["unique_graphs"]]
