@@ -28,7 +28,7 @@ FREE = frozenset(
     {
         *("out", "data.train", "data.valid", "data.tokenizer", "train.device", "train.progress"),
         *("train.keep", "train.log_every", "train.eval_every", "train.save_every"),
-        *("train.tensorboard", "train.compile", "eval.mode", "eval.device"),
+        *("train.tensorboard", "train.compile", "train.cuda_graphs", "eval.mode", "eval.device"),
     }
 )
 """Keys in which a result and a recipe may differ: where files lie, and how, not what, is computed.

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,13 @@ from attamba.cli import main
 from attamba.data import load_tokenizer, prepare
 from attamba.studies import engine
 from attamba.studies.engine import Place, run_all, work_on
-from attamba.studies.results import read_result, result_path, thinned
+from attamba.studies.results import (
+    differences,
+    read_result,
+    result_path,
+    saved_config,
+    thinned,
+)
 from attamba.train.metrics import read_metrics
 
 
@@ -240,6 +247,18 @@ def test_jobs_take_the_gpus_in_turn(monkeypatch):
         engine._settle(3, begun)
     torch.set_num_threads(threads)
     assert taken == [0, 1, 0]
+
+
+def test_a_run_that_is_captured_on_a_gpu_can_be_finished_without_one(make_study, place):
+    study = make_study(seeds=[0], set={"train.cuda_graphs": True, "train.device": "cuda"})
+    without = replace(place, device="cpu")
+    assert _statuses(run_all(study.runs("full"), without, say=lambda text: None)) == {
+        "chunks-s0": "done", "full-s0": "done"
+    }  # fmt: skip
+    done = saved_config(read_result(result_path(place.results, "little", "full-s0")))
+    assert not done.train.cuda_graphs
+    on_a_gpu = replace(done, train=replace(done.train, cuda_graphs=True, device="cuda"))
+    assert differences(done, on_a_gpu) == []
 
 
 def test_missing_texts_are_named(make_study, tmp_path):
