@@ -62,6 +62,8 @@ class LayerStatistics(Observer):
     def after_step(self, run: Run) -> list[Record]:
         if not self._figures:
             return []
+        if run.device.type == "cuda":
+            run.read_ahead()  # before the wait below, like Run.read
         keys = [(name, module) for name, of in self._figures.items() for module in of]
         values = torch.stack([self._figures[name][module].float() for name, module in keys])
         record: Record = {"kind": "layers"}
@@ -207,7 +209,7 @@ def attention_figures(
     return {
         "attention_entropy": _summed(of_all),
         "window_entropy": _summed(of_window),
-        "past_entropy": _summed(of_past[log_past > -math.inf]),
+        "past_entropy": _summed(of_past, log_past > -math.inf),
         "past_share": _summed((log_past - log_all).exp()),
     }
 
@@ -260,6 +262,9 @@ def _log_mass_and_entropy(scores: Tensor, ranks: RowRanks | None) -> tuple[Tenso
     return mass.log() + top, mass.log() - moment / mass
 
 
-def _summed(values: Tensor) -> Tensor:
-    """The sum and the number of values, float32 [2]."""
-    return torch.stack([values.sum(), values.new_tensor(values.numel())])
+def _summed(values: Tensor, counted: Tensor | None = None) -> Tensor:
+    """The sum and the number of values, of those that are counted: float32 [2], with no wait for
+    the device."""
+    if counted is None:
+        return torch.stack([values.sum(), values.new_full((), values.numel())])
+    return torch.stack([values.where(counted, 0.0).sum(), counted.sum().to(values.dtype)])

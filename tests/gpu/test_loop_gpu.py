@@ -69,6 +69,12 @@ MIXERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("mixer", list(MIXERS))
+def test_statistics_of_layers_do_not_wait_for_the_device(make_config, mixer):
+    change = {"model.mixer": MIXERS[mixer], "metrics.layers_every": 1}
+    assert_steps_do_not_wait(make_config(change))
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("mixer", list(MIXERS))
 def test_cuda_graphs_change_nothing(make_config, mixer, compiled):
