@@ -33,8 +33,9 @@ class Compiled(TypedDict):
 def compiled(cases: list[dict[str, Any]]) -> list[Compiled]:
     """The kernels that the cases launch, forward, backward and in a decode step, each once.
 
-    A case has a name and a dtype, and either `mixer` and `dim`, of a model; or `scan`, the sizes of
-    x and B: {heads, groups, state_dim, width}.
+    A case has a name and a dtype, and either `mixer` and `dim`, of a model, and `whole`: packed
+    documents and decoding as well; or `scan`, the sizes of x and B: {heads, groups, state_dim,
+    width}.
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as cache:
@@ -119,8 +120,10 @@ def _model(case: dict[str, Any]) -> None:
     tree = {"vocab_size": 256, "dim": case["dim"], "n_layers": 2, "mixer": case["mixer"]}
     model = build_model(from_dict(ModelConfig, tree)).to(getattr(torch, case["dtype"]))
     ids = torch.zeros(2, 256, dtype=torch.long)
-    for documents in (None, torch.zeros_like(ids)):
-        model(ids, doc_ids=documents).float().sum().backward()
+    model(ids).float().sum().backward()
+    if not case["whole"]:
+        return
+    model(ids, doc_ids=torch.zeros_like(ids)).float().sum().backward()
     with torch.inference_mode():
         cache = model.new_cache(2)
         model(ids, cache=cache)

@@ -18,8 +18,8 @@ BASE: dict[str, Any] = {"type": "attamba", "backend": "triton"}
 SEQUENCE = {**BASE, "ssm_scope": "sequence", "boundary": "head_cyclic"}
 
 
-def model(name: str, dim: int, mixer: dict[str, Any]) -> dict[str, Any]:
-    return {"name": name, "dim": dim, "mixer": mixer, "dtype": "bfloat16"}
+def model(name: str, dim: int, mixer: dict[str, Any], whole: bool = False) -> dict[str, Any]:
+    return {"name": name, "dim": dim, "mixer": mixer, "dtype": "bfloat16", "whole": whole}
 
 
 def scan(state_dim: int, width: int) -> dict[str, Any]:
@@ -28,9 +28,9 @@ def scan(state_dim: int, width: int) -> dict[str, Any]:
 
 
 CASES = [
-    model("chunk", 512, {**BASE, "n_heads": 8}),
+    model("chunk", 512, {**BASE, "n_heads": 8}, whole=True),
     # States of 32 x 8, 64 x 32: deeper than wide.
-    model("sequence", 512, {**SEQUENCE, "n_heads": 8}),
+    model("sequence", 512, {**SEQUENCE, "n_heads": 8}, whole=True),
     model("small", 128, {**SEQUENCE, "n_heads": 2}),
     model("deep", 512, {**SEQUENCE, "n_heads": 8, "state_dim": 64}),
     *(scan(*sides) for sides in [(64, 16), (64, 32), (128, 16), (128, 32), (128, 64)]),
