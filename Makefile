@@ -11,7 +11,7 @@ demo: $(READY)          ## train Attamba and a transformer on Python's own sourc
 	$(BIN)/attamba demo
 
 # A process for each core, one thread in each; a file's tests stay together, for their fixtures.
-# Files are handed out as tests/conftest.py sorts them, the longest first.
+# Files are handed out as tests/conftest.py sorts them: first those that take minutes.
 test: check docs        ## lint, format, types, documentation, tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 

@@ -21,12 +21,14 @@ CAPABILITY, PROCESSORS = 90, 132
 
 
 class Compiled(TypedDict):
-    """One kernel: the case it is of, its name, warps, constants, and what is wrong with it."""
+    """One kernel: the case it is of, its name, warps, constants, whether its machine code was read,
+    and what is wrong with it."""
 
     case: str
     name: str
     warps: int
     constants: dict[str, Any]
+    read: bool
     unwritten: list[str]
 
 
@@ -81,7 +83,8 @@ def _recorded(case: str, found: list[Compiled]) -> Iterator[None]:
     def record(src: Any, target: Any = None, options: Any = None, **more: Any) -> Any:
         kernel = compile_one(src, target=target, options=options, **more)
         unwritten: list[str] = []
-        if "wgmma" in kernel.asm["ptx"]:  # elsewhere no operand of a product is an address
+        read = "wgmma" in kernel.asm["ptx"]  # elsewhere no operand of a product is an address
+        if read:
             with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                 Path(file.name).write_bytes(kernel.asm["cubin"])
                 unwritten = unwritten_registers(disassembled(Path(file.name)))
@@ -91,6 +94,7 @@ def _recorded(case: str, found: list[Compiled]) -> Iterator[None]:
             "name": src.fn.__name__,
             "warps": kernel.metadata.num_warps,
             "constants": {k: v for k, v in constants.items() if isinstance(v, (int, str))},
+            "read": read,
             "unwritten": unwritten,
         }
         found.append(one)

@@ -131,20 +131,16 @@ def measure(config: RunConfig, device: torch.device, steps: int) -> dict[str, An
     config.train.device = str(device)
     if on_cuda:
         config.train.dtype, config.train.compile = "bfloat16", True
+        torch.cuda.reset_peak_memory_stats(device)
     turn = config.train.log_every
     period = math.lcm(turn, config.metrics.layers_every or 1)
-    peak: int | None = None
     with TemporaryDirectory() as folder:
         config.out, config.data.train = f"{folder}/run", write_text(folder, config)
         held = torch.cuda.memory_allocated(device) if on_cuda else 0
         with open_loop(config) as loop:
-            loop.run.step = max(0, period - 2 * turn)
-            _turn_of_loop(loop, turn, device)  # compiles, for which it takes memory of its own
-            if on_cuda:
-                torch.cuda.reset_peak_memory_stats(device)
-            _, batches = _turn_of_loop(loop, turn, device)  # comes to the statistics of layers
-            if on_cuda:
-                peak = torch.cuda.max_memory_allocated(device) - held
+            loop.run.step = period - turn  # statistics of layers too compile what they launch
+            _, batches = _turn_of_loop(loop, turn, device)
+            peak = torch.cuda.max_memory_allocated(device) - held if on_cuda else None
             bare = BareStep(config, device)
             _turn_of_bare(bare, batches, device)
             loop.metrics.records.clear()

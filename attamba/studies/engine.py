@@ -62,7 +62,7 @@ class Place:
     out: Path
     results: Path
     device: str | None = None
-    """Overrides train.device, and where it is no GPU train.cuda_graphs. Default: the recipe's."""
+    """Overrides train.device. Default: the recipe's."""
     deadline: float | None = None
     """time.time() at which to be done."""
     reserve: float = 0.0
@@ -159,8 +159,8 @@ def resolved(tree: dict[str, Any], run: Run, place: Place) -> dict[str, Any]:
     train_part = {**tree.get("train", {}), "progress": False}
     if place.device is not None:
         train_part["device"] = place.device
-        if resolve_device(place.device, "--device").type != "cuda":
-            train_part["cuda_graphs"] = False  # how a GPU is launched, not what is computed
+    if resolve_device(train_part.get("device", "auto"), "train.device").type != "cuda":
+        train_part["cuda_graphs"] = False  # how passes are launched, not what is computed
     if data.get("generate") is None:
         check_texts(place.data, ("train", "valid"))
         data |= {"train": str(place.data / "train"), "valid": str(place.data / "valid")}

@@ -62,10 +62,9 @@ class LayerStatistics(Observer):
     def after_step(self, run: Run) -> list[Record]:
         if not self._figures:
             return []
-        if run.device.type == "cuda":
-            run.read_ahead()  # before the wait below, like Run.read
         keys = [(name, module) for name, of in self._figures.items() for module in of]
         values = torch.stack([self._figures[name][module].float() for name, module in keys])
+        run.read()  # sends the next step's rows, then waits, which counts as time of training
         record: Record = {"kind": "layers"}
         for (name, module), value in zip(keys, values.tolist()):
             record.setdefault(name, {})[module] = value if math.isfinite(value) else None
@@ -263,7 +262,7 @@ def _log_mass_and_entropy(scores: Tensor, ranks: RowRanks | None) -> tuple[Tenso
 
 
 def _summed(values: Tensor, counted: Tensor | None = None) -> Tensor:
-    """The sum and the number of values, of those that are counted: float32 [2], with no wait for
+    """Sum and number of the values, or of those that are counted: float32 [2]. Does not wait for
     the device."""
     if counted is None:
         return torch.stack([values.sum(), values.new_full((), values.numel())])

@@ -55,12 +55,14 @@ def test_both_take_the_same_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(bare.BareStep, "__call__", seeing)
     config = config_of(tmp_path)
     config.train.steps, config.train.log_every, config.train.save_every = 99, 3, 0
-    loop.measure(config, torch.device("cpu"), 6)
+    config.metrics.layers_every = 12
+    measured = loop.measure(config, torch.device("cpu"), 6)  # rounded up to 12
     (tmp_path / "again").mkdir()
     with open_loop(config_of(tmp_path / "again")) as one:
         batch = one.run.sources.train.batch
-        wanted = [torch.from_numpy(batch(i).inputs) for i in range(3, 12)]  # after a turn alone
-    assert len(seen) == 9 and all(map(torch.equal, seen, wanted))
+        wanted = [torch.from_numpy(batch(i).inputs) for i in range(9, 24)]
+    assert len(seen) == 15 and all(map(torch.equal, seen, wanted))
+    assert measured["layers_records"] == 1  # after step 24; those after 12 are of the warm-up
 
 
 def test_the_text_has_documents_shorter_and_longer_than_a_row(tmp_path):

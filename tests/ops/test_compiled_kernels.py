@@ -47,6 +47,8 @@ NAMES = {
 def test_no_address_is_used_before_it_is_known():
     kernels = compiled(CASES)
     assert {kernel["name"] for kernel in kernels} >= NAMES
+    read = {kernel["name"] for kernel in kernels if kernel["read"]}
+    assert read >= {"forward_kernel", "segment_outputs", "scan_gradients", "tile_states"}
     wrong = [kernel for kernel in kernels if kernel["unwritten"]]
     assert not wrong, wrong
 

@@ -249,12 +249,11 @@ def test_jobs_take_the_gpus_in_turn(monkeypatch):
     assert taken == [0, 1, 0]
 
 
-def test_a_run_that_is_captured_on_a_gpu_can_be_finished_without_one(make_study, place):
-    study = make_study(seeds=[0], set={"train.cuda_graphs": True, "train.device": "cuda"})
-    without = replace(place, device="cpu")
-    assert _statuses(run_all(study.runs("full"), without, say=lambda text: None)) == {
-        "chunks-s0": "done", "full-s0": "done"
-    }  # fmt: skip
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto would be a GPU")
+def test_a_recipe_with_cuda_graphs_runs_without_a_gpu_as_the_same_run(make_study, place):
+    study = make_study(seeds=[0], set={"train.cuda_graphs": True, "train.device": "auto"})
+    outcomes = run_all(study.runs("full"), place, say=lambda text: None)
+    assert _statuses(outcomes) == {"chunks-s0": "done", "full-s0": "done"}
     done = saved_config(read_result(result_path(place.results, "little", "full-s0")))
     assert not done.train.cuda_graphs
     on_a_gpu = replace(done, train=replace(done.train, cuda_graphs=True, device="cuda"))

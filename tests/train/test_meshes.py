@@ -126,7 +126,7 @@ def test_a_run_on_packed_sources_goes_on_in_other_meshes(make_meshed):
 def test_compiled_layers_of_ranks_that_share_rows(make_meshed):
     """Compiled once for training, and once for validation's rows, however many chunks end.
 
-    No machine code is made of the graphs: that test_shared_parallel does for every mesh.
+    No machine code is made of the graphs; tests/gpu/test_ranks_gpu.py does that.
     """
     change: dict[str, Any] = {"model.n_layers": 1, "model.mixer": MIXERS[0]}
     change |= {"train.steps": 4, "train.eval_rows": 3, "train.save_every": 0}
