@@ -42,7 +42,10 @@ def read_tree(path: str | Path) -> dict[str, Any]:
         try:
             tree = yaml.safe_load(text) or {}
         except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+            reason = " ".join(str(error).split())
+            named = Path(path).suffix in (".yaml", ".yml")
+            hint = "" if named else f"; a text is named by data.train={path}"
+            raise ConfigError(f"{path} is not valid YAML: {reason}{hint}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold keys and values, not {type(tree).__name__}")
     return tree
@@ -94,6 +97,9 @@ def from_dict(cls: type[T], tree: dict[str, Any], where: str = "") -> T:
     values = {}
     for key, value in tree.items():
         if key not in fields:
+            section = _section_of(key, hints)
+            if section is not None:
+                raise ConfigError(f"unknown key {key!r}; did you mean '{section}.{key}'?")
             unknown_key(f"{where}.{key}" if where else str(key), list(fields))
         values[key] = _coerce(hints[key], value, f"{where}.{key}" if where else key)
     return cls(**values)
@@ -254,6 +260,15 @@ def _field_names(mixer: dict[str, Any]) -> list[str]:
 
 def _takes(mixer: Any, name: str) -> bool:
     return isinstance(mixer, dict) and name in _field_names(mixer)
+
+
+def _section_of(key: str, hints: dict[str, Any]) -> str | None:
+    """The section among these fields that has such a key: `train` for `steps`."""
+    for name, hint in hints.items():
+        if dataclasses.is_dataclass(hint) and key in {f.name for f in dataclasses.fields(hint)}:
+            return name
+    in_mixers = any(_takes({"type": name}, key) for name in MIXERS)
+    return "mixer" if in_mixers and "model" in hints else None
 
 
 def did_you_mean(name: Any, known: Iterable[str]) -> str:

@@ -82,6 +82,16 @@ def served_folder(checkpoint: Path, room: Path) -> Path:
     return export(checkpoint, room / checkpoint.resolve().name)
 
 
+class Sampling(attamba.hf.AttambaForCausalLM):
+    """The model as servers have it: what a request's temperature does not set to 0 is drawn."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
+        model = super().from_pretrained(*args, **options)
+        model.generation_config.do_sample = True
+        return model
+
+
 def start(folder: Path, *, host: str, port: int, non_blocking: bool = False) -> Any:
     """Run the server on a folder that transformers can load.
 
@@ -93,6 +103,6 @@ def start(folder: Path, *, host: str, port: int, non_blocking: bool = False) -> 
     from transformers.cli.serving import model_manager
 
     # The server looks classes up in transformers itself, and lists the hub's folder.
-    model_manager.transformers.AttambaForCausalLM = attamba.hf.AttambaForCausalLM
+    model_manager.transformers.AttambaForCausalLM = Sampling
     Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
     return Serve(force_model=str(folder), host=host, port=port, non_blocking=non_blocking)

@@ -411,6 +411,8 @@ def test_data_prepare_and_tokenizer(folder, tmp_path, capsys):
     assert main(["data", "tokenizer", *bpe]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/bpe: a BPE of 260 tokens\n"
     assert load_tokenizer(tmp_path / "bpe").vocab_size == 260
+    assert main(["data", "tokenizer", *bpe]) == 2
+    assert "bpe exists and is not empty; name another folder" in capsys.readouterr().err
     arguments = [str(tmp_path / "out"), str(tmp_path / "a.jsonl"), *options]
     arguments += ["--tokenizer", str(tmp_path / "bpe"), "--shard-tokens", "1"]
     assert main(["data", "prepare", *arguments]) == 0

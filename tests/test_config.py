@@ -71,11 +71,36 @@ def test_a_folder_is_no_configuration(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "is not valid YAML"), ("- a\n- b\n", "must hold keys and values, not list")],
+    [
+        ("a: [", r"is not valid YAML: .* line 1, column 5: [^\n]*$"),
+        ("- a\n- b\n", "must hold keys and values, not list"),
+    ],
 )
 def test_a_file_that_is_no_configuration(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         load_run_config(_write(tmp_path, text))
+
+
+def test_a_text_that_is_given_as_the_configuration(tmp_path):
+    (tmp_path / "book.txt").write_text("It was: a dark\nand stormy night")
+    with pytest.raises(ConfigError, match=r"a text is named by data\.train=.*book\.txt$"):
+        load_run_config(tmp_path / "book.txt")
+
+
+@pytest.mark.parametrize(
+    ("key", "whole"),
+    [
+        ("steps", "train.steps"),
+        ("seed", "train.seed"),
+        ("lr", "optim.lr"),
+        ("seq_len", "data.seq_len"),
+        ("chunk_size", "mixer.chunk_size"),
+        ("n_layers", "model.n_layers"),
+    ],
+)
+def test_a_key_without_its_section(key, whole):
+    with pytest.raises(ConfigError, match=f"unknown key '{key}'; did you mean '{whole}'"):
+        load_run_config(None, [f"{key}=5"])
 
 
 @pytest.mark.parametrize(

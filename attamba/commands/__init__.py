@@ -231,6 +231,12 @@ def data_verify(args: argparse.Namespace) -> int:
 
 def data_tokenizer(args: argparse.Namespace) -> int:
     """`attamba data tokenizer OUT PATHS... --vocab-size N`."""
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(
+            f"{out} exists and is not empty; name another folder, or delete it (data prepared "
+            f"with a tokenizer need just that one)"
+        )
     tokenizer = train_bpe(
         args.paths, args.vocab_size, args.out, split_on=args.split_on, text_key=args.text_key
     )

@@ -253,7 +253,10 @@ def _json_text(line: str, text_key: str, where: str) -> str:
         raise RecordError(f"{where}: not a JSON object; each line must be one")
     if text_key not in record:
         keys = ", ".join(map(repr, record)) or "none"
-        raise RecordError(f"{where}: no key {text_key!r} (keys: {keys}); set text_key")
+        raise RecordError(
+            f"{where}: no key {text_key!r} (keys: {keys}); set text_key: "
+            f"attamba data prepare --text-key KEY"
+        )
     return checked(record[text_key], f"{where}: {text_key!r}")
 
 
@@ -265,7 +268,8 @@ def _parquet(file: File, text_key: str, start: int, stop: int | None) -> Iterato
             if text_key not in table.schema_arrow.names:
                 names = ", ".join(map(repr, table.schema_arrow.names)) or "none"
                 raise DataError(
-                    f"{file.name}: no column {text_key!r} (columns: {names}); set text_key"
+                    f"{file.name}: no column {text_key!r} (columns: {names}); set text_key: "
+                    f"attamba data prepare --text-key NAME"
                 )
             row, groups = _row_groups(table.metadata, start, stop)
             for batch in table.iter_batches(batch_size=64, row_groups=groups, columns=[text_key]):

@@ -125,7 +125,8 @@ def _write_batch(
     for record in batch:
         if record.error is not None and not job.skip_bad:
             raise DataError(
-                f"{record.error}; or pass such records over and count them: --skip-bad"
+                f"{record.error}; or pass such records over and count them: "
+                f"attamba data prepare --skip-bad"
             ) from record.error
         size = shards.add(record, next(encoded) if _is_text(record) else None)
         if size is not None:

@@ -24,15 +24,26 @@ import sys
 
 
 def main() -> None:
-    """Register the model and the local tasks, then do what `lm_eval` does."""
+    """Register the model and the local tasks, then do what `lm_eval` does.
+
+    What this package has to say of the user's mistakes is one line; exit status 2.
+    """
     from lm_eval.__main__ import cli_evaluate
 
+    from attamba.config import ConfigError
+    from attamba.data import DataError
+    from attamba.exit_status import MISTAKE
     from attamba.harness.run import TASKS
+    from attamba.train import CheckpointError
 
     own = ("--include_path", "--config", "-C")
     if len(sys.argv) > 2 and not any(word.partition("=")[0] in own for word in sys.argv):
         sys.argv += ["--include_path", str(TASKS)]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except (ConfigError, CheckpointError, DataError) as error:
+        print(f"attamba-lm-eval: error: {error}", file=sys.stderr)
+        sys.exit(MISTAKE)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from attamba.hf.modeling import AttambaForCausalLM
 from attamba.hf.remote_code import write_remote_code
 from attamba.hf.tokenizer import save_for_transformers
 from attamba.train.checkpoint import load, read_config, read_state, save_checkpoint
-from attamba.train.storage import CheckpointError, find_checkpoint
+from attamba.train.storage import CheckpointError, check_unused, find_checkpoint
 
 NATIVE, TRAINING = "native", "training.json"
 
@@ -96,9 +96,11 @@ def import_folder(
     optimizer's state does not come along.
 
     Raises ConfigError for a folder of another architecture or without a config, CheckpointError
-    for weights that are missing or altered, and for a tokenizer that does not fit.
+    for weights that are missing or altered, for a tokenizer that does not fit, and for a run_dir
+    that holds a run.
     """
     folder = Path(folder)
+    check_unused(Path(run_dir))
     _check_architecture(folder)
     training = _read_training(folder)
     model = _load(folder)

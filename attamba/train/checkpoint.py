@@ -41,6 +41,7 @@ from attamba.train.storage import (
     TOKENIZER,
     CheckpointError,
     cannot_save,
+    check_unused,
     find_checkpoint,
     remedy,
     seal,
@@ -237,8 +238,10 @@ def consolidate(path: str | Path, run_dir: str | Path) -> Path:
     run_dir: the folder to put it in, as <run_dir>/checkpoints/step-<step>; returned. Training with
         this `out` goes on from it.
 
-    Raises CheckpointError for a checkpoint that is damaged, and where one cannot be written.
+    Raises CheckpointError for a checkpoint that is damaged, where one cannot be written, and for a
+    run_dir that holds a run.
     """
+    check_unused(Path(run_dir))
     folder = find_checkpoint(path)
     verify(folder)
 

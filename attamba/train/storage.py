@@ -52,10 +52,15 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
             )
         return path
     checkpoints = list_checkpoints(path)
-    if not checkpoints and (path / "config.json").is_file():
+    if not checkpoints and _is_of_transformers(path):
         raise CheckpointError(
             f"{path} holds no checkpoint, but looks like a folder of transformers; read it first: "
             f"attamba import {path} RUN_FOLDER"
+        )
+    if not checkpoints and (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} holds a run that has written no checkpoint yet; train it: "
+            f"attamba train {path / 'config.json'}"
         )
     if not checkpoints:
         raise CheckpointError(
@@ -69,6 +74,20 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
             return checkpoint
     steps = ", ".join(str(step_of(c)) for c in checkpoints)
     raise CheckpointError(f"step={step} is not in {path}; it holds steps {steps}")
+
+
+def _is_of_transformers(folder: Path) -> bool:
+    """Is there a config.json that names a model's type? A run's does not."""
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def check_unused(run_dir: Path) -> None:
+    """Raise CheckpointError where a run is that would be mixed with another's weights."""
+    if (run_dir / "config.json").exists() or list_checkpoints(run_dir):
+        raise CheckpointError(f"{run_dir} holds a run already; name another folder, or delete it")
 
 
 def remove_leftovers(run_dir: Path) -> None:

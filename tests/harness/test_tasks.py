@@ -327,6 +327,28 @@ def test_the_harness_s_command_line(folder, tmp_path, monkeypatch, capsys):
     assert set(LOCAL_TASKS) == {"books_bpb", "wikitext2_local"}
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("{folder}/none", "none is not a folder; give a run folder"),
+        ("{folder},mixer.chunk_sise=2", "unknown key 'model.mixer.chunk_sise'; did you mean"),
+    ],
+)
+def test_a_mistake_is_one_line_there_too(folder, monkeypatch, capsys, model, message):
+    from attamba.harness.__main__ import main as lm_eval
+
+    given = model.format(folder=folder)
+    arguments = ["--model=attamba", f"--model_args=pretrained={given}", "--tasks=books_bpb"]
+    arguments += [f"--metadata=books_bpb={folder}/wiki.txt", "--device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["attamba-lm-eval", *arguments])
+    with pytest.raises(SystemExit) as left:
+        lm_eval()
+    assert left.value.code == 2
+    assert f"attamba-lm-eval: error: {message}" in capsys.readouterr().err.replace(
+        f"{folder}/none", "none"
+    )
+
+
 def test_the_entry_point_that_the_harness_reads():
     """As its releases after 0.4.13 do: the name in a registry, the class when it is asked for."""
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()

@@ -352,6 +352,8 @@ def test_commands(make_run, tmp_path, capsys):
     )
     assert main(["export", str(tmp_path / "run"), str(hf)]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
+    assert main(["import", str(hf), str(tmp_path / "run")]) == 2
+    assert "run holds a run already; name another folder" in capsys.readouterr().err
     assert isinstance(AutoModelForCausalLM.from_pretrained(hf), AttambaForCausalLM)
 
 

@@ -118,6 +118,16 @@ def test_completion(server, want):
     assert answer["choices"][0]["text"] == want("the cat", begin=[0])
 
 
+def test_a_temperature_draws(server):
+    def drawn(**options):
+        body = {"prompt": "the cat", "max_tokens": 8, **options}
+        return post(server, "/v1/completions", **body)["choices"][0]["text"]
+
+    assert drawn(temperature=1.0, seed=5) == drawn(temperature=1.0, seed=5)
+    assert len({drawn(temperature=2.0, seed=seed) for seed in range(4)}) > 1
+    assert drawn(temperature=0) == drawn(temperature=0)
+
+
 def test_chat(server, want):
     messages = [{"role": "user", "content": "the cat"}]
     answer = post(server, "/v1/chat/completions", messages=messages, max_tokens=8, temperature=0)

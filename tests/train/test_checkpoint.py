@@ -120,6 +120,12 @@ def test_folders_without_a_checkpoint_are_named(tmp_path):
         load(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model": {"dim": 32}}')
+    with pytest.raises(CheckpointError, match="a run that has written no checkpoint yet; train it"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "attamba"}')
+    with pytest.raises(CheckpointError, match="looks like a folder of transformers; read it"):
+        load(tmp_path)
 
 
 def test_a_step_is_not_written_twice(saved):

@@ -88,7 +88,7 @@ def test_a_checkpoint_of_ranks_can_be_loaded_and_made_whole(of_two, tmp_path, ca
     assert torch.equal(*logits)
     assert train(dataclasses.replace(of_two, out=str(tmp_path / "whole"))).step == 4
     assert main(["consolidate", of_two.out, str(tmp_path / "whole")]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "whole holds a run already; name another folder" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_ranks_is_exported(of_two, tmp_path):
