@@ -15,6 +15,7 @@ from attamba.commands.evaluation import evaluate
 from attamba.commands.shared import counter, load_checkpoint
 from attamba.config import ConfigError, load_run_config
 from attamba.data import DataError, TokenDataset, load_tokenizer, prepare, train_bpe
+from attamba.data.files import check_new_folder
 from attamba.data.workers import usable_cores
 from attamba.display import format_bytes
 
@@ -231,12 +232,7 @@ def data_verify(args: argparse.Namespace) -> int:
 
 def data_tokenizer(args: argparse.Namespace) -> int:
     """`attamba data tokenizer OUT PATHS... --vocab-size N`."""
-    out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(
-            f"{out} exists and is not empty; name another folder, or delete it (data prepared "
-            f"with a tokenizer need just that one)"
-        )
+    check_new_folder(Path(args.out))  # data that were prepared with a tokenizer need just that one
     tokenizer = train_bpe(
         args.paths, args.vocab_size, args.out, split_on=args.split_on, text_key=args.text_key
     )

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from attamba.config import ConfigError
+
 
 def write_aside(path: Path, content: bytes) -> None:
     """Write a file aside and rename it: at any moment `path` holds the old content or the new.
@@ -64,3 +66,9 @@ def hold(path: Path) -> Iterator[bool]:
             yield False
             return
         yield True
+
+
+def check_new_folder(out: Path) -> None:
+    """Raise ConfigError where something is that would be replaced, or mixed with what is new."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not empty; name another folder, or delete it")

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from attamba.config import ConfigError, RunConfig, from_dict, to_dict
 from attamba.data import Tokenizer, load_tokenizer
-from attamba.data.files import sha256
+from attamba.data.files import check_new_folder, sha256
 from attamba.hf.card import model_card
 from attamba.hf.configuration import AttambaConfig
 from attamba.hf.modeling import AttambaForCausalLM
@@ -56,8 +56,7 @@ def export(
     CheckpointError as load does, DataError for a tokenizer that transformers cannot reproduce.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not empty; name another folder, or delete it")
+    check_new_folder(out)
     _check_size(max_shard_size)
     folder = find_checkpoint(checkpoint)
     decoder, tokenizer = load(folder)

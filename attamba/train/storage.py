@@ -52,21 +52,8 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
             )
         return path
     checkpoints = list_checkpoints(path)
-    if not checkpoints and _is_of_transformers(path):
-        raise CheckpointError(
-            f"{path} holds no checkpoint, but looks like a folder of transformers; read it first: "
-            f"attamba import {path} RUN_FOLDER"
-        )
-    if not checkpoints and (path / "config.json").is_file():
-        raise CheckpointError(
-            f"{path} holds a run that has written no checkpoint yet; train it: "
-            f"attamba train {path / 'config.json'}"
-        )
     if not checkpoints:
-        raise CheckpointError(
-            f"{path} holds no checkpoint (looked for {path / 'checkpoints' / 'step-*'}); "
-            f"give the folder that training wrote to, its config key `out`"
-        )
+        raise CheckpointError(_what_instead(path))
     if step is None:
         return checkpoints[-1]
     for checkpoint in checkpoints:
@@ -76,12 +63,22 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> Path:
     raise CheckpointError(f"step={step} is not in {path}; it holds steps {steps}")
 
 
-def _is_of_transformers(folder: Path) -> bool:
-    """Is there a config.json that names a model's type? A run's does not."""
-    try:
-        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+def _what_instead(folder: Path) -> str:
+    """What a folder without a checkpoint seems to be, and what to do."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return (
+            f"{folder} holds no checkpoint (looked for {folder / 'checkpoints' / 'step-*'}); "
+            f"give the folder that training wrote to, its config key `out`"
+        )
+    if "model_type" in config.read_text(encoding="utf-8", errors="replace"):  # a run's has none
+        return (
+            f"{folder} holds no checkpoint, but looks like a folder of transformers; read it "
+            f"first: attamba import {folder} RUN_FOLDER"
+        )
+    return (
+        f"{folder} holds a run that has written no checkpoint yet; train it: attamba train {config}"
+    )
 
 
 def check_unused(run_dir: Path) -> None:
