@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -22,6 +23,9 @@ OF_GPUS = multiprocessing.get_context("spawn")
 """A fork of a process that has looked for CUDA devices cannot use them."""
 NCCL = "cpu:gloo,cuda:nccl"
 """The backend of ranks that have a GPU each."""
+
+
+_STARTS = itertools.count()
 
 
 class Failed(Exception):
@@ -83,18 +87,25 @@ def start_ranks(
     """The processes of n ranks, begun, and the queue of their outcomes."""
     context: Any = CONTEXT if backend == "gloo" else OF_GPUS
     queue = context.Queue()
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    meeting = (_store().port, f"start {next(_STARTS)}")
     processes = [
         context.Process(
-            target=_be_rank, args=(rank, n, port, backend, queue, work, args), daemon=True
+            target=_be_rank, args=(rank, n, meeting, backend, queue, work, args), daemon=True
         )
         for rank in range(n)
     ]
     for process in processes:
         process.start()
     return processes, queue
+
+
+@functools.cache
+def _store() -> Any:
+    """Where ranks find one another: in this process, as torchrun's agent has it. Were it in rank 0,
+    the others could not finish meeting once rank 0 has ended."""
+    from torch.distributed import TCPStore
+
+    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
 
 
 def in_meshes(configs: list[Any], work: Callable[[Any, Any], Any]) -> list[Any]:
@@ -135,7 +146,7 @@ def train_until(
 def _be_rank(
     rank: int,
     n: int,
-    port: int,
+    meeting: tuple[int, str],
     backend: str,
     queue: Any,
     work: Callable[..., Any],
@@ -145,17 +156,13 @@ def _be_rank(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(n),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n)}
+    port, start = meeting
     try:
         # NCCL ends a process that has waited so long, be it for a rank that compiles.
         limit = timedelta(seconds=60 if backend == "gloo" else 240)
-        dist.init_process_group(backend, timeout=limit)
+        store = dist.PrefixStore(start, dist.TCPStore("localhost", port, timeout=limit))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=n, timeout=limit)
         queue.put((rank, pickle.dumps(work(*args))))  # a queue would share a tensor's memory
     except BaseException as error:
         queue.put((rank, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))

@@ -1,14 +1,18 @@
 """Tasks through the unpatched harness: local text, and the harness's own with stand-in data."""
 
+import errno
 import json
 import math
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
+import time
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -224,7 +228,12 @@ def test_the_usual_tasks_run_as_the_harness_defines_them(folder, run, tmp_path, 
 
 
 @pytest.mark.usefixtures("every_task")
-def test_a_task_whose_data_cannot_be_reached(run):
+def test_a_task_whose_data_cannot_be_reached(run, monkeypatch):
+    def unreachable(*address: Any, **options: Any) -> None:
+        raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between attempts
     status, out, err = run("--tasks", "hellaswag")
     assert (status, out) == (2, "")
     assert "task 'hellaswag' needs its data from the network, which cannot be reached" in err

@@ -33,7 +33,8 @@ CASES = [
     model("sequence", 512, {**SEQUENCE, "n_heads": 8}, whole=True),
     model("small", 128, {**SEQUENCE, "n_heads": 2}),
     model("deep", 512, {**SEQUENCE, "n_heads": 8, "state_dim": 64}),
-    *(scan(*sides) for sides in [(64, 16), (64, 32), (128, 16), (128, 32), (128, 64)]),
+    # The least and the most of each side for which ptxas 12.8 went wrong, see below, and the most.
+    *(scan(*sides) for sides in [(64, 16), (128, 32), (128, 64)]),
 ]
 NAMES = {
     *("forward_kernel", "dq_kernel", "past_kernel", "window_kernel", "index_kernel"),
