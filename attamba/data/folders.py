@@ -28,8 +28,9 @@ class Folder(Protocol):
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where it is missing."""
 
-    def sha256(self, name: str) -> str:
-        """Of the content where it lies, read now."""
+    def is_whole(self, name: str, entry: dict[str, Any]) -> bool:
+        """Is the content, read now, what the manifest says? Of a URL's file that is kept in the
+        cache also that; one that is not is dropped there, to be read again."""
 
     def local(self, name: str, entry: dict[str, Any]) -> Path:
         """The file on a local disk. entry: its bytes and SHA-256, by the manifest."""
@@ -54,8 +55,8 @@ class LocalFolder:
         path = self.path / name
         return path.stat().st_size if path.is_file() else None
 
-    def sha256(self, name: str) -> str:
-        return sha256(self.path / name)
+    def is_whole(self, name: str, entry: dict[str, Any]) -> bool:
+        return sha256(self.path / name) == entry["sha256"]
 
     def local(self, name: str, entry: dict[str, Any]) -> Path:
         return self.path / name
@@ -84,15 +85,18 @@ class RemoteFolder:
             }
         return self._sizes.get(name)
 
-    def sha256(self, name: str) -> str:
+    def is_whole(self, name: str, entry: dict[str, Any]) -> bool:
+        kept = _kept(name, entry)
+        if kept.is_file() and sha256(kept) != entry["sha256"]:
+            kept.unlink()
         digest = hashlib.sha256()
         with self._fs.open(f"{self._path}/{name}", "rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)
-        return digest.hexdigest()
+        return digest.hexdigest() == entry["sha256"]
 
     def local(self, name: str, entry: dict[str, Any]) -> Path:
-        kept = _cache() / entry["sha256"][:2] / f"{entry['sha256']}{Path(name).suffix}"
+        kept = _kept(name, entry)
         if kept.is_file() and kept.stat().st_size == entry["bytes"]:
             return kept
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +112,11 @@ class RemoteFolder:
         finally:
             aside.unlink(missing_ok=True)
         return kept
+
+
+def _kept(name: str, entry: dict[str, Any]) -> Path:
+    """Where the cache has a file, if it does."""
+    return _cache() / entry["sha256"][:2] / f"{entry['sha256']}{Path(name).suffix}"
 
 
 def _cache() -> Path:

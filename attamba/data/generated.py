@@ -175,7 +175,7 @@ TASKS: dict[str, type[Recall] | type[Passkey]] = {"recall": Recall, "passkey": P
 def make_task(spec: dict[str, Any]) -> Task:
     """The task that data.generate describes. Raises ConfigError naming what is wrong."""
     name = spec.get("type")
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         there = ", ".join(TASKS)
         raise ConfigError(
             f"data.generate.type={name!r} is not a task (there are: {there})"

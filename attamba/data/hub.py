@@ -139,8 +139,11 @@ class HubPart:
 
     @property
     def identity(self) -> Any:
-        """The data set, the state of its files, the part."""
-        return [about(self.source), self.files, self.number, self.n]
+        """The data set, the state of its files, the part, and the numbers that records carry."""
+        return [
+            *(about(self.source), self.files, self.number, self.n),
+            *(self.source_index, self.root),
+        ]
 
     def open(self, state: Any) -> HubReading:
         """Begin to read, or go on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -71,10 +72,11 @@ class OrderedRows(ABC):
     def _count(self) -> int:
         """How many rows the tokens [_first, _last) give. Raises DataError if they give none."""
 
-    @property
+    @cached_property
     def bytes_per_token(self) -> float:
-        """Mean bytes of text per token of the data set."""
-        return self.dataset.n_bytes / self.dataset.n_tokens
+        """Mean bytes of text per token of [start, stop)."""
+        n_bytes = self.dataset.n_bytes_of(self._first, self._last)
+        return n_bytes / (self._last - self._first)
 
     def batch(self, step: int) -> Batch:
         """Rows step * B to (step + 1) * B of the endless row of epochs."""

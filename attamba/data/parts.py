@@ -88,8 +88,10 @@ class FilePart:
 
     @property
     def identity(self) -> Any:
-        """Names, sizes, times and ranges."""
-        return [[s.file.name, s.size, s.changed, s.start, s.stop] for s in self.spans]
+        """Names, sizes, times and ranges, and the numbers that records carry."""
+        return [
+            [s.file.name, s.size, s.changed, s.start, s.stop, s.source, s.root] for s in self.spans
+        ]
 
     def open(self, state: None) -> FileReading:
         """Begin to read."""

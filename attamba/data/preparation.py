@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,7 +96,10 @@ def _target(out: str | Path) -> Path:
             f"{out} is not empty and holds no prepared data, so it is not overwritten; name a new "
             f"folder"
         )
-    return out
+    target = out.resolve()  # a link stays: what it leads to is replaced
+    if target == Path.cwd():
+        raise DataError(f"{out} is the current folder, which cannot be replaced; name one in it")
+    return target
 
 
 @contextmanager
@@ -137,10 +141,11 @@ def _first(job: Job, written: list[Written]) -> list[Written]:
 def _finish(job: Job, inputs: Inputs, written: list[Written]) -> None:
     """Add the tokenizer and the manifest, and remove what is in neither."""
     found = {root for part in written for root in part.place.roots}
+    n_bad = sum(part.place.n_bad for part in written)
     if all(part.is_whole for part in written):
         for root, name in enumerate(inputs.roots):
             if root not in found:
-                raise no_text(name)
+                raise no_text(name, n_bad)
     with naming(job.folder / "tokenizer"):
         job.tokenizer.save(job.folder / "tokenizer")
     manifest = _manifest(job, inputs, written)
@@ -179,12 +184,18 @@ def _manifest(job: Job, inputs: Inputs, written: list[Written]) -> dict[str, Any
 
 def _remove_others(out: Path) -> None:
     """Remove what was begun with other settings, unless a process works on it, and old data."""
-    for other in out.parent.glob(f".{out.name}.*.partial"):
+    for other in _beside(out, r"[0-9a-f]{12}\.partial"):
         with hold(other / LOCK) as is_held:
             if is_held:
                 shutil.rmtree(other)
-    for old in out.parent.glob(f".{out.name}.*.old"):
+    for old in _beside(out, r"\d+\.old"):
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(out: Path, ending: str) -> list[Path]:
+    """What lies beside `out` under its name and such an ending, and not under another's."""
+    ours = re.compile(rf"\.{re.escape(out.name)}\.{ending}")
+    return [path for path in out.parent.iterdir() if ours.fullmatch(path.name)]
 
 
 def _replace(new: Path, out: Path) -> None:

@@ -10,6 +10,7 @@ hidden (a name that begins with a dot) or has another suffix is passed over.
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import re
@@ -64,9 +65,10 @@ class Documents(Iterator[Document]):
                 raise no_text(root)
 
 
-def no_text(root: str) -> DataError:
-    """The error of a path without any text."""
-    return DataError(f"{root} is empty or blank; give a file or folder with text in it")
+def no_text(root: str, n_bad: int = 0) -> DataError:
+    """The error of a path without any text. n_bad: records of all paths that were passed over."""
+    passed = f", or holds only records that are no text ({n_bad} were passed over)" if n_bad else ""
+    return DataError(f"{root} is empty or blank{passed}; give a file or folder with text in it")
 
 
 def read_documents(
@@ -118,13 +120,13 @@ def read_file(
     """The texts of a file, or of the records that begin in its bytes [start, stop).
 
     start, stop: for parquet (whole row groups) and for .jsonl that is not compressed; default: all.
-    Raises DataError for a damaged file and, with a pattern, for text that is none.
+    Raises DataError for a damaged file.
     """
     if file.kind == "jsonl":
         return _jsonl(file, text_key, start, stop)
     if file.kind == "parquet":
         return _parquet(file, text_key, start, stop)
-    return _whole(file) if pattern is None else iter(_split(file, pattern))
+    return _whole(file) if pattern is None else _split(file, pattern)
 
 
 @contextmanager
@@ -210,28 +212,29 @@ def _raw_lines(file: File, start: int = 0, stop: int | None = None) -> Iterator[
                 return
 
 
-def _lines(file: File) -> Iterator[str]:
-    """Lines with their ends, no byte of the text changed."""
-    for offset, line in _raw_lines(file):
-        yield _decode(line, offset, file.name)
-
-
-def _split(file: File, pattern: re.Pattern[str]) -> Iterator[str]:
-    """Documents whose concatenation is the file."""
+def _split(file: File, pattern: re.Pattern[str]) -> Iterator[Read]:
+    """Documents whose concatenation is the file; one with a line that is no text is an error."""
     held: list[str] = []
-    blank = True
-    for line in _lines(file):
+    blank, error = True, None
+    for offset, raw in _raw_lines(file):
+        try:
+            line = _decode(raw, offset, file.name)
+        except RecordError as found:
+            blank, error = False, error or found
+            continue
         if not blank and pattern.search(line.rstrip("\r\n")):
-            yield "".join(held)
-            held, blank = [], True
+            yield error or "".join(held)
+            held, blank, error = [], True, None
         held.append(line)
         blank = blank and not line.strip()
-    yield "".join(held)
+    yield error or "".join(held)
 
 
 def _jsonl(file: File, text_key: str, start: int, stop: int | None) -> Iterator[Read]:
     for number, (offset, line) in enumerate(_raw_lines(file, start, stop), start=1):
-        if line.isspace():
+        if not offset:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line or line.isspace():
             continue
         # Lines are counted from the file's first; where reading began later, bytes tell the place.
         where = f"{file.name}:{number}" if not start else f"{file.name}: line at byte {offset}"

@@ -125,7 +125,7 @@ class TokenDataset:
         """
         altered, done = [], 0
         for name, entry in self.manifest["files"].items():
-            if self._files.sha256(name) != entry["sha256"]:
+            if not self._files.is_whole(name, entry):
                 altered.append(f"{self.folder}/{name}")
             done += entry["bytes"]
             if progress:
@@ -200,6 +200,13 @@ class TokenDataset:
         steps = np.zeros(stop - start, dtype=np.int64)
         steps[self.starts[first + 1 : last + 1] - start] = 1
         return first + np.cumsum(steps)
+
+    def n_bytes_of(self, start: int, stop: int) -> float:
+        """Bytes of text behind tokens [start, stop); of a document that is cut, its mean share."""
+        bounds = np.append(self.starts, self.n_tokens)
+        kept = np.diff(bounds.clip(start, stop)) / np.diff(bounds)
+        sizes = [self._documents(i)["n_bytes"] for i in range(len(self._lengths))]
+        return float(kept @ np.concatenate(sizes))
 
     def documents(self) -> Iterator[TokenizedDocument]:
         """Every document, in order."""

@@ -290,8 +290,8 @@ def _read_written(job: Job, number: int, part: Part) -> Written:
         written = Written(**{**tree, "place": Place(**tree["place"])})
     except (OSError, ValueError, KeyError, TypeError):
         return Written(identity)
-    if written.identity != identity:
-        return Written(identity)
+    if written.identity != identity or (written.place.n_bad and not job.skip_bad):
+        return Written(identity)  # of other input, or it passed over what is now to be told
     for i, shard in enumerate(written.shards):
         if not all(_is_whole(job.folder / name, f) for name, f in shard["files"].items()):
             place = Place(**written.shards[i - 1]["place"]) if i else Place()

@@ -97,6 +97,17 @@ def test_a_shard_that_was_altered_at_its_url_is_refused(memory, cache):
     assert len([path for path in cache.rglob("*") if path.is_file()]) == 1
 
 
+def test_verify_looks_at_the_cache_as_well(memory, cache):
+    """What was damaged there after it was read is read again."""
+    dataset = TokenDataset.open("memory://prepared")
+    tokens = dataset.tokens(0, dataset.n_tokens)
+    kept = next(path for path in sorted(cache.rglob("*.bin")) if path.is_file())
+    kept.write_bytes(bytes([kept.read_bytes()[0] ^ 1]) + kept.read_bytes()[1:])
+    dataset = TokenDataset.open("memory://prepared")
+    dataset.verify()
+    assert np.array_equal(dataset.tokens(0, dataset.n_tokens), tokens)
+
+
 def test_a_shard_that_is_cut_at_its_url_is_refused(memory):
     name = "/prepared/tokens-00000-001.bin"
     data = memory.cat_file(name)

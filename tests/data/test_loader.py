@@ -1,9 +1,11 @@
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attamba.data import Batches, DataError, load_tokenizer, prepare
+from attamba.data import Batches, DataError, load_tokenizer, prepare, train_bpe
 from attamba.data.loader import draw_order
 
 N_TOKENS = 1000
@@ -148,3 +150,21 @@ def test_arguments(dataset, options, message):
 def test_negative_step(dataset):
     with pytest.raises(DataError, match="step=-1 must be at least 0"):
         Batches(dataset, seq_len=64, batch_size=2, seed=0).batch(-1)
+
+
+def test_bytes_per_token_are_those_of_the_rows(tmp_path):
+    """Of a document that is cut, its mean share; a document's separator counts."""
+    (tmp_path / "train.txt").write_text("abc abc abd " * 50)
+    tokenizer = train_bpe(tmp_path / "train.txt", 264, tmp_path / "bpe")
+    lines = [json.dumps({"text": text}) for text in ("abc" * 9, "zyx" * 9, "abd abc", "q" * 30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    dataset = prepare(tmp_path / "a.jsonl", tmp_path / "out", tokenizer, shard_tokens=20)
+    lengths = [len(document.tokens) + 1 for document in dataset.documents()]
+    shares = [d.n_bytes / n for d, n in zip(dataset.documents(), lengths)]
+    of_tokens = np.repeat(shares, lengths)
+    n = dataset.n_tokens
+    assert len(set(shares)) == 4 and len(dataset.manifest["shards"]) > 1
+    for start, stop in [(0, n), (0, n - 7), (n - 7, n), (3, 6), (5, n - 12)]:
+        fractions = {"start": start / n + 1e-9, "stop": min(1, stop / n + 1e-9)}
+        batches = Batches(dataset, seq_len=1, batch_size=1, seed=0, **fractions)
+        assert batches.bytes_per_token == pytest.approx(of_tokens[start:stop].mean())

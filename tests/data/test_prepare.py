@@ -274,6 +274,51 @@ def test_a_file_that_changed_is_read_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("change", ["removed", "added"])
+def test_a_file_in_front_comes_or_goes(tmp_path, monkeypatch, change):
+    """What is kept names its sources by number: those must be the numbers of now."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in (0, 2, 3):
+        (texts / f"{i}.txt").write_text(f"{i} " * 4500)
+    stop_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(texts, tmp_path / "out", load_tokenizer("bytes"))
+    monkeypatch.undo()
+    (texts / "1.txt").write_text("1 " * 4500) if change == "added" else (texts / "0.txt").unlink()
+    prepare(texts, tmp_path / "out", load_tokenizer("bytes"))
+    prepare(texts, tmp_path / "fresh", load_tokenizer("bytes"))
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize(("stopped", "other"), [("web.v2", "web"), ("data1", "data[1]")])
+def test_what_is_under_way_beside_is_another_s(corpus, tmp_path, monkeypatch, stopped, other):
+    stop_after(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(corpus, tmp_path / stopped, load_tokenizer("bytes"), shard_tokens=3000)
+    monkeypatch.undo()
+    left = content(tmp_path)
+    prepare(corpus, tmp_path / other, load_tokenizer("bytes"), shard_tokens=1000)
+    assert left and left.items() <= content(tmp_path).items()
+
+
+def test_a_link_stays_one(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "big").mkdir()
+    (tmp_path / "link").symlink_to("big")
+    for _ in range(2):
+        dataset = prepare(tmp_path / "a.txt", tmp_path / "link", load_tokenizer("bytes"))
+        assert (dataset.n_documents, (tmp_path / "link").is_symlink()) == (1, True)
+        assert is_prepared(tmp_path / "big")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "big", "link"]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(DataError, match=r"\. is the current folder, .*; name one in it"):
+        prepare(tmp_path / "a.txt", ".", load_tokenizer("bytes"))
+
+
+@pytest.mark.usefixtures("small_parts")
 def test_other_settings_do_not_touch_what_is_under_way(corpus, tmp_path, monkeypatch):
     stop_after(monkeypatch, 5)
     with pytest.raises(KeyboardInterrupt):
@@ -352,11 +397,34 @@ def test_bad_records_can_be_passed_over(tmp_path):
     paths = [tmp_path / "a.jsonl", tmp_path / "b.txt"]
     with pytest.raises(DataError, match=r"a\.jsonl:2: 'text' holds NUL.* --skip-bad"):
         prepare(paths, tmp_path / "out", load_tokenizer("bytes"))
-    with pytest.raises(DataError, match=r"b\.txt is empty or blank"):
+    with pytest.raises(DataError, match=r"b\.txt is empty or blank, or .* \(7 were passed over\)"):
         prepare(paths, tmp_path / "out", load_tokenizer("bytes"), skip_bad=True)
     dataset = prepare(paths[0], tmp_path / "out", load_tokenizer("bytes"), skip_bad=True)
     assert [bytes(d.tokens.tolist()) for d in dataset.documents()] == [b"one", b"two"]
     assert dataset.manifest["n_bad"] == len(BAD) + 1
+
+
+def test_bad_documents_of_a_divided_file_can_be_passed_over(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"# 1\na\n# 2\n\0\nb\n# 3\n\xff\n\xff\n# 4\nd\n")
+    arguments = (tmp_path / "a.txt", tmp_path / "out", load_tokenizer("bytes"))
+    with pytest.raises(DataError, match=r"a\.txt: byte 10 is NUL"):
+        prepare(*arguments, split_on="^# ")
+    dataset = prepare(*arguments, split_on="^# ", skip_bad=True)
+    texts = [bytes(d.tokens.tolist()) for d in dataset.documents()]
+    assert (texts, dataset.manifest["n_bad"]) == ([b"# 1\na\n", b"# 4\nd\n"], 2)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_what_passed_bad_records_over_is_read_again_where_they_count(tmp_path, monkeypatch):
+    for i in range(3):
+        (tmp_path / f"{i}.jsonl").write_text(json.dumps({"text": f"{i} " * 4500}) + "\n{\n")
+    paths = [str(tmp_path / f"{i}.jsonl") for i in range(3)]
+    stop_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(paths, tmp_path / "out", load_tokenizer("bytes"), skip_bad=True)
+    monkeypatch.undo()
+    with pytest.raises(DataError, match=r"0\.jsonl:2: broken JSON"):
+        prepare(paths, tmp_path / "out", load_tokenizer("bytes"))
 
 
 def test_options_out_of_range(tmp_path):

@@ -4,13 +4,14 @@ import json
 import lzma
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from attamba.data import DataError, Document, read_documents
-from attamba.data.reader import _decode, _split
+from attamba.data.reader import _split
 
 TEXT = "Grüße, 世界 🎉\r\nsecond line\n"
 
@@ -144,10 +145,11 @@ def test_text_before_the_first_match_is_a_document(tmp_path):
 
 @given(st.text(alphabet="#a \n\r", max_size=60))
 def test_split_documents_are_the_file(text):
-    lines = [_decode(line.encode(), 0, "a") for line in text.splitlines(keepends=True)]
+    lines = [(0, line.encode()) for line in text.splitlines(keepends=True)]
+    file = SimpleNamespace(name="a")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("attamba.data.reader._lines", lambda file: iter(lines))
-        parts = list(_split(None, re.compile("^#")))
+        patch.setattr("attamba.data.reader._raw_lines", lambda file: iter(lines))
+        parts = list(_split(file, re.compile("^#")))
     assert "".join(parts) == text
     assert all(part.lstrip().startswith("#") for part in parts[1:])
     assert all(part.strip() for part in parts[:-1])
