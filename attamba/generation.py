@@ -352,7 +352,7 @@ def _check_options(
 
 def _check_ends(model: Decoder, ends: Tensor | None, rows: int, length: int) -> None:
     mixers = [m for m in model.config.layer_mixers() if isinstance(m, AttambaMixer)]
-    names = {m.boundary if isinstance(m.boundary, str) else m.boundary["type"] for m in mixers}
+    names = {mixer.policy for mixer in mixers}
     given = "given" in names
     if ends is None:
         if given:

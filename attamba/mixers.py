@@ -109,8 +109,14 @@ class AttambaMixer:
             )
         self._check_boundary(where)
 
+    @property
+    def policy(self) -> Any:
+        """The name of the boundary policy, as it was given: whether there is one of this name is
+        known where policies are (attamba.ops.chunking)."""
+        return self.boundary if isinstance(self.boundary, str) else self.boundary.get("type")
+
     def _check_boundary(self, where: str) -> None:
-        policy = self.boundary if isinstance(self.boundary, str) else self.boundary.get("type")
+        policy = self.policy
         if policy is None:
             raise ConfigError(f'{where}.boundary={self.boundary} needs a "type"')
         self._check_pooling(policy == "head_cyclic", where)

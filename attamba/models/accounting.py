@@ -183,9 +183,8 @@ def _entries_per_head(
 def _countable(mixer: Mixer) -> Mixer:
     if not isinstance(mixer, AttambaMixer):
         return mixer
-    name = mixer.boundary if isinstance(mixer.boundary, str) else mixer.boundary["type"]
-    policy = BOUNDARIES.get(name)
-    if policy is None or not (policy.needs_tokens or name == "given" or not policy.causal):
+    policy = BOUNDARIES.get(mixer.policy)
+    if policy is None or not (policy.needs_tokens or policy.takes_ends or not policy.causal):
         return mixer
     return dataclasses.replace(mixer, boundary="cyclic")
 

@@ -202,7 +202,7 @@ class Decoder(nn.Module):
         """Ends for each layer, [n, B or 1, G or 1, T]."""
         if ends is None:
             return None
-        if not any(getattr(m, "boundary", None) == "given" for m in self.config.layer_mixers()):
+        if not any(getattr(m, "policy", None) == "given" for m in self.config.layer_mixers()):
             raise ValueError(
                 "ends was passed, but no layer has boundary='given'; set mixer.boundary=given"
             )

@@ -60,11 +60,8 @@ def future_policy(config: ModelConfig) -> str | None:
     Raises ValueError for a name that is not a policy.
     """
     for mixer in config.layer_mixers():
-        if isinstance(mixer, AttambaMixer):
-            boundary = mixer.boundary
-            name = boundary if isinstance(boundary, str) else boundary["type"]
-            if not policy_named(name).causal:
-                return name
+        if isinstance(mixer, AttambaMixer) and not policy_named(mixer.policy).causal:
+            return str(mixer.policy)
     return None
 
 

@@ -99,9 +99,7 @@ class ChunkAttention(TimeMixer):
         self, x: Tensor, span: Span, cache: LayerCache | None = None, given: Tensor | None = None
     ) -> Tensor:
         """x: [B, T, d] -> [B, T, d]. given: bool [B or 1, G or 1, T] for boundary "given"."""
-        if given is not None:
-            heads, seq = self.boundary.n_kv_heads, span.rows.positions.shape[1]
-            normalize_ends(given, x.shape[0], heads, seq)
+        given = self._taken(given, x.shape[0], span.rows.positions.shape[1])
         ends, carry = self.boundary(span.rows, None if cache is None else cache.carry, given)
         if ends.shape[1] > 1:
             ends = ends[:, self.own_heads]
@@ -126,13 +124,18 @@ class ChunkAttention(TimeMixer):
         if not self.has_step or not plain(norm, *self._into(), self.wo):
             return super().step(x, norm, span, cache, given)
         assert isinstance(norm, RMSNorm)
-        if given is not None:
-            normalize_ends(given, x.shape[0], self.n_kv_heads, 1)
-        ends, carry = self.boundary(span, cache.carry, given)
+        ends, carry = self.boundary(span, cache.carry, self._taken(given, x.shape[0], 1))
         made = self._normed_products(x, norm.before(), cache.stacked)
         y = self._attend_token(made, ends, span, cache)
         cache.keep(carry)
         return thin_linear(y[:, 0], self.wo.weight, residual=x[:, 0], backend="triton")[:, None]
+
+    def _taken(self, given: Tensor | None, batch: int, seq: int) -> Tensor | None:
+        """The caller's ends, where this layer takes them: others choose their own."""
+        if given is None or not self.boundary.takes_ends:
+            return None
+        normalize_ends(given, batch, self.boundary.n_kv_heads, seq)
+        return given
 
     def _attend_token(
         self, made: _Projected, ends: Tensor, span: Span, cache: LayerCache
@@ -204,6 +207,7 @@ class ChunkAttention(TimeMixer):
     def attention_inputs(
         self, x: Tensor, span: Span, given: Tensor | None = None
     ) -> AttentionInputs:
+        given = self._taken(given, x.shape[0], span.rows.positions.shape[1])
         ends, _ = self.boundary(span.rows, None, given)
         if ends.shape[1] > 1:
             ends = ends[:, self.own_heads]

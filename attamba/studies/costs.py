@@ -18,12 +18,8 @@ ITEMSIZE = 2
 
 def policies(config: ModelConfig) -> list[type[Boundary]]:
     """The boundary policies of the layers that have chunks."""
-    names = [
-        mixer.boundary if isinstance(mixer.boundary, str) else mixer.boundary["type"]
-        for mixer in config.layer_mixers()
-        if isinstance(mixer, AttambaMixer)
-    ]
-    return [BOUNDARIES[name] for name in names]
+    mixers = [mixer for mixer in config.layer_mixers() if isinstance(mixer, AttambaMixer)]
+    return [BOUNDARIES[mixer.policy] for mixer in mixers]
 
 
 def costs(config: RunConfig, tokens: Tensor | None) -> dict[str, Any]:

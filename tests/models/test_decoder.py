@@ -106,6 +106,24 @@ def test_given_ends_in_every_shape():
     assert not torch.equal(model(ids, ends=heads), want), "each head has its own"
 
 
+def test_given_ends_concern_the_layers_that_take_them():
+    """Those of a hybrid's other layers are their own; options may stand in a dictionary."""
+    given, cyclic = {**ATTAMBA, "boundary": {"type": "given"}}, {**ATTAMBA, "chunk_size": 3}
+    model, ids = _model([given, cyclic]), _ids()
+    row = torch.rand(2, 20) < 0.3
+    want = model(ids, ends=row)
+    per_layer = row.repeat(2, 1, 1)
+    per_layer[1] = ~row
+    assert torch.equal(model(ids, ends=per_layer), want)
+    per_layer[0] = ~row
+    assert not torch.equal(model(ids, ends=per_layer), want)
+    cache = model.eval().new_cache(2)
+    steps = [model(ids[:, t : t + 1], ends=row[:, t : t + 1], cache=cache) for t in range(20)]
+    torch.testing.assert_close(torch.cat(steps, 1), model(ids, ends=row))
+    with pytest.raises(ValueError, match="ends was passed, but no layer has boundary='given'"):
+        _model([cyclic, cyclic])(ids, ends=row)
+
+
 def test_given_ends_of_a_policy_are_that_policy():
     ids = _ids(1, 40)
     cyclic, given = _model(), _model({**ATTAMBA, "boundary": "given"})

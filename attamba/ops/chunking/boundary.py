@@ -142,9 +142,9 @@ def make_boundary(
     return policy(chunk_size, layer_idx, n_layers, n_kv_heads, sink, **options)
 
 
-def policy_named(name: str | None) -> type[Boundary]:
+def policy_named(name: Any) -> type[Boundary]:
     """The class of a policy. Raises ValueError for an unknown name, naming the nearest."""
-    if name not in BOUNDARIES:
+    if not isinstance(name, str) or name not in BOUNDARIES:
         raise ValueError(
             f"boundary={name!r} is not a policy (there are: {', '.join(BOUNDARIES)})"
             + _nearest(str(name), list(BOUNDARIES))
