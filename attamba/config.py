@@ -261,6 +261,8 @@ class TrainConfig:
             _at_least(getattr(self, name), 1, f"train.{name}")
         for name in ("eval_every", "save_every", "seed"):
             _at_least(getattr(self, name), 0, f"train.{name}")
+        if self.seed >= 1 << 63:
+            raise ConfigError(f"train.seed={self.seed} must be below 2^63")
         if self.chunk_sizes is not None:
             if not self.chunk_sizes:
                 raise ConfigError("train.chunk_sizes=[] is empty; name one size, or leave it out")
@@ -299,8 +301,10 @@ class ParallelConfig:
             _at_least(getattr(self, name), 1, f"parallel.{name}")
         if self.shard != -1:
             _at_least(self.shard, 1, "parallel.shard", "; -1 means all ranks that are left")
-        if not self.hang_timeout > 0:
-            raise ConfigError(f"parallel.hang_timeout={self.hang_timeout} must be above 0")
+        if not 0 < self.hang_timeout <= 1e6:
+            raise ConfigError(
+                f"parallel.hang_timeout={self.hang_timeout} must be above 0 and at most 1e6 seconds"
+            )
 
 
 @dataclass(kw_only=True)
@@ -325,6 +329,8 @@ class RunConfig:
     """First parts of keys that may be written without their section."""
 
     def validate(self) -> None:
+        if not self.out:
+            raise ConfigError("out is empty; name the folder of the run, e.g. out=runs/mine")
         self.model.validate()
         self.data.validate()
         self.optim.validate()
@@ -409,10 +415,8 @@ def _check_chunk_sizes(sizes: list[int], mixers: list[Mixer]) -> None:
             f"train.chunk_sizes={sizes} needs a mixer with chunks, of type attamba; leave it out"
         )
     for mixer in chunked:
-        boundary = mixer.boundary
-        name = boundary if isinstance(boundary, str) else boundary["type"]
-        if name in ("separator", "given"):
+        if mixer.policy in ("separator", "given"):
             raise ConfigError(
-                f"train.chunk_sizes={sizes} has no effect on boundary={name}, whose chunks follow "
-                f"the text; set mixer.boundary=cyclic, or leave it out"
+                f"train.chunk_sizes={sizes} has no effect on boundary={mixer.policy}, whose chunks "
+                f"follow the text; set mixer.boundary=cyclic, or leave it out"
             )

@@ -122,7 +122,7 @@ def parse_mixer(value: Any, where: str) -> Mixer:
             f'{where}={value!r} must be a dictionary with a "type", e.g. {{"type": "attamba"}}'
         )
     name = value.get("type", "attamba")
-    if name not in MIXERS:
+    if not isinstance(name, str) or name not in MIXERS:
         there = ", ".join(MIXERS)
         raise ConfigError(
             f"{where}.type={name!r} is not a mixer (there are: {there}){did_you_mean(name, MIXERS)}"
@@ -235,6 +235,8 @@ def set_key(tree: Any, path: list[str], value: Any, key: str) -> None:
             else:
                 tree[int(head)] = value
             return
+        if not all(isinstance(entry, dict) for entry in tree):
+            raise ConfigError(f"{key}: {tree} is a list of values, which has no keys; set it whole")
         takers = [t for t in tree if _takes(t, head)]
         if not takers:
             unknown_key(key, sorted({n for t in tree for n in _field_names(t)}))
@@ -254,7 +256,8 @@ def set_key(tree: Any, path: list[str], value: Any, key: str) -> None:
 
 
 def _field_names(mixer: dict[str, Any]) -> list[str]:
-    cls = MIXERS.get(mixer.get("type", "attamba"))
+    name = mixer.get("type", "attamba")
+    cls = MIXERS.get(name) if isinstance(name, str) else None
     return [f.name for f in dataclasses.fields(cls)] if cls else []
 
 

@@ -23,7 +23,8 @@ pytest.importorskip("submitit")
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "configs/tiny.yaml")
-RUN = ["launch", TINY, "data.batch_size=32"]
+KEYS = ["data.train=books.txt", "data.batch_size=32"]
+RUN = ["launch", TINY, *KEYS]
 needs_proc = pytest.mark.skipif(
     not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="Linux tells children"
 )
@@ -57,7 +58,7 @@ def test_the_script(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (command,) = [line for line in script.splitlines() if "attamba.launch.agent" in line]
     assert "--nnodes=2 --node-rank=$SLURM_NODEID --rdzv-backend=c10d" in command
     assert command.endswith(
-        f"--nproc-per-node=8 -m attamba train {TINY} data.batch_size=32 out={tmp_path}/big"
+        f"--nproc-per-node=8 -m attamba train {TINY} {' '.join(KEYS)} out={tmp_path}/big"
     )
     assert not (tmp_path / "big").exists()
 
@@ -73,9 +74,9 @@ def test_what_is_not_asked_for_is_left_to_the_cluster(capsys: pytest.CaptureFixt
 def test_the_command_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*RUN, "--gpus", "4", "--local", "--dry-run"]) == 0
     words = shlex.split(capsys.readouterr().out)
-    assert words == torchrun(4, [TINY, "data.batch_size=32"])
+    assert words == torchrun(4, [TINY, *KEYS])
     assert words[:4] == [sys.executable, "-m", "attamba.launch.agent", "--standalone"]
-    assert words[4:] == ["--nproc-per-node=4", "-m", "attamba", "train", TINY, "data.batch_size=32"]
+    assert words[4:] == ["--nproc-per-node=4", "-m", "attamba", "train", TINY, *KEYS]
 
 
 def test_torchrun_understands_both_commands() -> None:
@@ -101,7 +102,9 @@ def test_torchrun_understands_both_commands() -> None:
         (["--gpus", "4", "--local", "--nodes", "2"], "--nodes=2 with --local"),
         (["--gpus", "4", "--local", "--qos", "x"], "--qos is for SLURM and has no effect"),
         (["--gpus", "4", "--local", "--restarts", "1"], "--restarts is for SLURM"),
-        (["--gpus", "4", "--restarts", "0"], "--restarts=0 must be at least 1"),
+        (["--gpus", "4", "--restarts", "-1"], "--restarts=-1 must be at least 0"),
+        (["--gpus", "4", "mixer.boundary=cyclik"], "boundary='cyclik' is not a policy"),
+        (["--gpus", "4", "data.train="], "data.train is not set"),
         (["--gpus", "4", "optim.learning_rate=1"], "unknown key 'optim.learning_rate'"),
     ],
 )

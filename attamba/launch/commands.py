@@ -78,10 +78,10 @@ def run(args: argparse.Namespace) -> int:
     """`attamba launch CONFIG [key=value ...]`."""
     _check(args)
     from attamba.config import load_run_config
-    from attamba.train.distributed import check_ranks
+    from attamba.train.checks import check_run
 
     config = load_run_config(args.config, args.overrides)
-    check_ranks(config, args.nodes * args.gpus)  # before a job waits in a queue
+    check_run(config, args.nodes * args.gpus)  # before a job waits in a queue
     train = [args.config, *args.overrides]
     if args.local:
         from attamba.launch.job import run_here, torchrun
@@ -116,9 +116,9 @@ def _request(args: argparse.Namespace, config: RunConfig, train: list[str]) -> R
 
 def _check(args: argparse.Namespace) -> None:
     for name in ("nodes", "gpus", "cpus", "grace", "restarts"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name}={value} must be at least 1")
+        value, least = getattr(args, name), 0 if name == "restarts" else 1
+        if value is not None and value < least:
+            raise ConfigError(f"--{name}={value} must be at least {least}")
     if args.local:
         for name in SLURM_ONLY:
             if getattr(args, name):

@@ -146,14 +146,19 @@ class Ranks:
         return int(found)
 
 
+def world_size() -> int:
+    """How many ranks were started."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
 @contextmanager
 def open_ranks(config: RunConfig) -> Iterator[Ranks]:
     """The ranks that were started, with the mesh that config.parallel asks for.
 
     Raises ConfigError where the mesh does not fit their number, the batch does not divide, or
-    train.device names one device for all.
+    there is no such device.
     """
-    size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    size = world_size()
     sizes = check_ranks(config, size)
     if size == 1:
         yield Ranks(resolve_device(config.train.device, "train.device"))
@@ -237,10 +242,6 @@ def device_of_rank(name: str) -> torch.device:
     device = resolve_device(name, "train.device")
     if device.type != "cuda":
         return device
-    if device.index is not None:
-        raise ConfigError(
-            f"train.device={name!r} names one device for all ranks; set train.device=auto"
-        )
     local = int(os.environ.get("LOCAL_RANK", dist.get_rank() if dist.is_initialized() else 0))
     seen = torch.cuda.device_count()
     if seen == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:

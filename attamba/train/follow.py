@@ -124,6 +124,8 @@ class _Follower:
                 for kind in kinds:
                     self._record({"kind": kind, **about, **score[kind](model, tokenizer, config)})
         except Exception as error:
+            if not checkpoint.exists():  # training deleted it first: the next one is scored
+                return
             self.failures += 1
             text = f"{type(error).__name__}: {error}"
             self._record({"kind": "failed", **about, "kinds": kinds, "error": text})

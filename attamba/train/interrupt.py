@@ -85,8 +85,8 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Should training end after this step?"""
-        if not self._stopped and self._should_stop is not None:
-            self._stopped = self._should_stop()
+        if not self._stopped and self._should_stop is not None and self._should_stop():
+            self._stopped = True  # and is left alone otherwise: a signal may have come meanwhile
         return self._stopped
 
     def __enter__(self) -> StopRequest:

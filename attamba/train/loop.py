@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from attamba.config import ConfigError, RunConfig
-from attamba.models import build_model
 from attamba.train.beside import Beside
-from attamba.train.distributed import Ranks, lock_for_all, open_ranks
+from attamba.train.checks import check_run
+from attamba.train.distributed import Ranks, lock_for_all, open_ranks, world_size
 from attamba.train.float8 import check_float8
 from attamba.train.follow import RESULTS
 from attamba.train.interrupt import (
@@ -28,7 +26,7 @@ from attamba.train.observers import Observer, open_observers
 from attamba.train.passes import check_cuda_graphs
 from attamba.train.progress import Silent, open_progress
 from attamba.train.run import Run, TrainingDiverged
-from attamba.train.run_folder import open_run_folder, told_status
+from attamba.train.run_folder import open_run_folder, told_status, write_config
 from attamba.train.sources import Sources, open_sources
 from attamba.train.storage import CheckpointError
 from attamba.train.watchdog import Watchdog
@@ -96,9 +94,7 @@ def open_loop(
     should_stop: ShouldStop | None = None,
 ) -> Iterator[Loop]:
     """All that training needs, in the folder config.out, ready for the next step; see train."""
-    config.validate()
-    with torch.device("meta"):  # before texts: it finds what is wrong with a boundary's options
-        build_model(config.model)
+    check_run(config, world_size())
     run_dir = Path(config.out)
     with (
         left_at_once(run_dir),
@@ -106,7 +102,7 @@ def open_loop(
         Watchdog(ranks, config.parallel.hang_timeout) as watchdog,
     ):
         ranks.on_each(lambda: check_float8(config, ranks.device))
-        ranks.on_each(lambda: check_cuda_graphs(config, ranks.device, ranks.size))
+        ranks.on_each(lambda: check_cuda_graphs(config, ranks.device))
         tasks = _load_tasks(config, ranks)
         shown = config.train.progress and ranks.is_main
         with (
@@ -119,6 +115,7 @@ def open_loop(
             if checkpoint is not None:
                 run.resume(checkpoint)
                 progress.say(f"Going on from {checkpoint}")
+            ranks.on_main(lambda: write_config(run_dir, config))
             with (
                 told_status(run_dir, ranks),
                 ranks.on_each(lambda: _open_metrics(run)) as metrics,
@@ -144,7 +141,7 @@ def _failures_marked() -> Iterator[None]:
     """Errors of a loop that ran are marked `may_pass`: another try of the command may go on."""
     try:
         yield
-    except TrainingDiverged:  # as it would the next time
+    except (TrainingDiverged, ConfigError):  # as it would the next time
         raise
     except Exception as error:
         error.may_pass = True  # type: ignore[attr-defined]
@@ -199,18 +196,11 @@ def _load_tasks(config: RunConfig, ranks: Ranks) -> Tasks | None:
     names = config.eval.tasks
     if not names or config.eval.mode == "job":
         return None
-    inline = config.eval.mode == "inline"
-    if inline and not ranks.alone:
-        raise ConfigError(
-            f"eval.tasks={names} are scored by one process, and there are {ranks.size} ranks; "
-            f"set eval.mode=process, or leave them out and score checkpoints: "
-            f"attamba eval --tasks {','.join(names)}"
-        )
     from attamba.harness import load_tasks
 
     loaded: list[Tasks] = []
     ranks.on_main(lambda: loaded.append(load_tasks(names)))
-    return loaded[0] if inline else None
+    return loaded[0] if config.eval.mode == "inline" else None
 
 
 class Loop:
@@ -295,7 +285,9 @@ class Loop:
 
     def _stopping(self) -> int:
         """0: no. 1: Ctrl-C or should_stop. 2: preempted. If one rank stops, all do."""
-        return self.run.ranks.largest(self.stop.requested + self.stop.preempted)
+        asked = int(self.stop.requested)
+        # Looked at last: what comes while should_stop is asked is seen, and outweighs its answer.
+        return self.run.ranks.largest(2 if self.stop.preempted else asked)
 
     def _due(self, every: int) -> bool:
         """Is it the last step, or one in `every`? 0: the last alone."""

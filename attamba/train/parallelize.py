@@ -78,6 +78,10 @@ def parallelize(model: Decoder, mesh: DeviceMesh | None, config: RunConfig) -> F
             _replace_forward(layer, _recomputed(_forward(layer), selective=kind == "selective"))
         if config.train.compile:
             _allow_memo()
+    if config.train.compile:
+        # Variants of one code object: lengths of the chunks, their phases in layers, and the first
+        # layer, which computes what the others find.
+        _allow_variants(len(config.train.chunk_sizes or ()) + 2 * len(model.layers) + 8)
     if mesh is None:
         return torch.compile(model) if config.train.compile else model
     if config.train.compile:
@@ -157,12 +161,13 @@ def _allow_memo() -> None:
         setattr(torch._dynamo.config, name, True)
 
 
+def _allow_variants(n: int) -> None:
+    """Without it torch.compile leaves what comes after the eighth uncompiled."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, n)
+
+
 def _compile_layers(model: Decoder) -> None:
     """Each layer by itself, so that parameters of one layer at a time need be gathered."""
-    # One code object serves all layers; its variants are phases of the chunks, and the first layer
-    # computes what the others find.
-    limit = 2 * len(model.layers) + 8
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
     for layer in model.layers:
         _replace_forward(layer, torch.compile(_forward(layer)))
 

@@ -148,17 +148,10 @@ class _Graphs:
     backward: torch.cuda.CUDAGraph
 
 
-def check_cuda_graphs(config: RunConfig, device: torch.device, n_ranks: int) -> None:
-    """Raises ConfigError where train.cuda_graphs cannot be."""
-    if not config.train.cuda_graphs:
-        return
-    if device.type != "cuda":
+def check_cuda_graphs(config: RunConfig, device: torch.device) -> None:
+    """Raises ConfigError where train.cuda_graphs has no CUDA device."""
+    if config.train.cuda_graphs and device.type != "cuda":
         raise ConfigError(
             f"train.cuda_graphs=true needs a CUDA device, and this run is on {device.type}; set "
             f"train.cuda_graphs=false"
-        )
-    if n_ranks > 1:
-        raise ConfigError(
-            f"train.cuda_graphs=true is for one process, and there are {n_ranks} ranks, which "
-            f"gather parameters in between; set train.cuda_graphs=false"
         )

@@ -163,7 +163,7 @@ class Run:
             rows = self._rows_of(self.step)
             self.batch = rows.batch
         self.watchdog.beat(f"step {self.step + 1}")
-        self.model.set_draw(self.step)
+        self.model.set_draw(_draw_of(self.config.train.seed, self.step))
         self.optimizer.zero_grad()
         with self.drawn_chunks():
             loss = self.gradients(rows)
@@ -330,6 +330,11 @@ def _nats(tensor_ranks: TensorRanks | None, compiled: bool) -> Callable[[Tensor,
         return cross_entropy_sum(logits, targets.flatten(), UNSCORED, tensor_ranks)
 
     return nats
+
+
+def _draw_of(seed: int, step: int) -> int:
+    """The draw of random boundaries: seeds lie far apart, so that each has steps of its own."""
+    return (step + seed * 0x9E3779B1) & 0xFFFFFFFF
 
 
 def _every_nth(rows: Rows, windows: list[int], rank: int, n: int) -> Batch:

@@ -128,7 +128,7 @@ def open_run_folder(
     resume: bool,
     say: Callable[[str], None],
 ) -> Path | None:
-    """Tidy the folder, write config.json and return the checkpoint to go on from, if any.
+    """Tidy the folder and return the checkpoint to go on from, if any.
 
     The newest one that is whole: a damaged one is told to `say` and renamed. All ranks call this,
     rank 0 alone changes the folder, and they share the work of verifying. Raises ConfigError if
@@ -137,7 +137,8 @@ def open_run_folder(
     """
     checkpoints = ranks.on_main(lambda: _tidy(run_dir, resume))
     newest = _newest_whole(checkpoints, ranks, say)
-    ranks.on_main(lambda: _settle(run_dir, config, newest))
+    if newest is not None:
+        ranks.on_main(lambda: _check_same(read_config(newest), config, run_dir))
     return newest
 
 
@@ -170,9 +171,8 @@ def _newest_whole(checkpoints: list[Path], ranks: Ranks, say: Callable[[str], No
     return None
 
 
-def _settle(run_dir: Path, config: RunConfig, newest: Path | None) -> None:
-    if newest is not None:
-        _check_same(read_config(newest), config, run_dir)
+def write_config(run_dir: Path, config: RunConfig) -> None:
+    """Keep what the run goes on with; others read it, so nothing that is refused comes here."""
     write_json(run_dir / "config.json", to_dict(config))
 
 

@@ -23,6 +23,8 @@ def resolve_device(name: str | torch.device, field: str = "device") -> torch.dev
         raise ConfigError(
             f"{field}={name!r} is not a device; give auto, cpu, cuda, cuda:1, ..."
         ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"{field}={str(name)!r} is not supported; give auto, cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"{field}={str(name)!r}: torch sees {torch.cuda.device_count()} CUDA devices; "

@@ -100,22 +100,18 @@ def open_sources(
 ) -> Sources:
     """Open prepared folders; prepare text into <run_dir>/data first.
 
+    config: one that checks.check_run found nothing wrong with.
     fresh: prepare text even if that was done before. A resumed run (false) goes on with the tokens
         that it began with, whatever became of the text.
     say: told what is being prepared.
     share: (rank, n) gives the rank's rows alone of each training step.
 
-    Raises ConfigError for data.train unset, a vocabulary larger than the model's, data of several
-    tokenizers; DataError for data that cannot be read or is too short for seq_len.
+    Raises ConfigError for a vocabulary larger than the model's and data of several tokenizers;
+    DataError for data that cannot be read or is too short for seq_len.
     """
     data = config.data
     if data.generate is not None:
         return _generated(config, share)
-    if not (data.train or data.sources):
-        raise ConfigError(
-            "data.train is not set; give text files or folders, or a folder made by "
-            "`attamba data prepare`"
-        )
     texts = _Texts(config, run_dir, fresh=fresh, say=say, is_first=share[0] == 0)
     trained = texts.open_all()
     tokenizer = trained[0].tokenizer
@@ -127,7 +123,7 @@ def open_sources(
         fingerprints={
             "tokenizer": trained[0].fingerprint,
             "train": _fingerprint_of_all(trained, [source.weight for source in data.sources]),
-            "valid": _fingerprint(valid) if valid else None,
+            "valid": fingerprint(valid) if valid else None,
         },
     )
 
@@ -137,11 +133,6 @@ def _generated(config: RunConfig, share: tuple[int, int]) -> Sources:
     data = config.data
     assert data.generate is not None
     task = make_task(data.generate)
-    if task.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than what data.generate needs; "
-            f"set model.vocab_size={task.vocab_size} or more"
-        )
     tokenizer = load_tokenizer("bytes")
     made = json.dumps([data.generate, data.seq_len], sort_keys=True).encode()
     digest = hashlib.sha256(made).hexdigest()
@@ -279,12 +270,12 @@ def _validation_rows(
 def _fingerprint_of_all(trained: list[TokenDataset], weights: list[float]) -> str:
     """weights: of the sources, whose order and share count; none for data.train."""
     if not weights:
-        return _fingerprint(trained[0])
-    parts = [[_fingerprint(dataset), weight] for dataset, weight in zip(trained, weights)]
+        return fingerprint(trained[0])
+    parts = [[fingerprint(dataset), weight] for dataset, weight in zip(trained, weights)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _fingerprint(dataset: TokenDataset) -> str:
+def fingerprint(dataset: TokenDataset) -> str:
     """SHA-256 over the names and contents of the files with tokens and document boundaries."""
     files = {
         name: dataset.manifest["files"][name]["sha256"]

@@ -16,6 +16,12 @@ MANIFEST, TOKENIZER, SHARDS = "manifest.json", "tokenizer", "shards"
 FORMAT = 1
 
 _NAME = re.compile(r"step-(\d{8,})")
+LEFTOVERS = {
+    ".": r"\.(config|status|tracking)\.json\.\d+|\.(metrics|eval)\.jsonl\.\d+",
+    "checkpoints": r"\.tmp-.*",
+    "data": r"\.(train|valid|source-\d+)\.\d+\.old",
+}
+"""What is written aside in a run's folder, by the folder in it: nothing else is deleted."""
 
 
 class CheckpointError(RuntimeError):
@@ -89,12 +95,14 @@ def check_unused(run_dir: Path) -> None:
 
 def remove_leftovers(run_dir: Path) -> None:
     """Delete what a killed run was writing or deleting; text half prepared is gone on with."""
-    folders = ("checkpoints/.tmp-*", "data/.*.old")
-    for leftover in [path for pattern in folders for path in run_dir.glob(pattern)]:
-        shutil.rmtree(leftover)
-    for pattern in (".*.json.*", ".*.jsonl.*"):
-        for leftover in run_dir.glob(pattern):
-            leftover.unlink()
+    for folder, ours in LEFTOVERS.items():
+        for path in (run_dir / folder).glob(".*"):
+            if not re.fullmatch(ours, path.name):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def remove_old(run_dir: Path, keep: int) -> None:

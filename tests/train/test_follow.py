@@ -11,10 +11,11 @@ import time
 import pytest
 
 from attamba.config import ConfigError
-from attamba.data import DataError
+from attamba.data import DataError, load_tokenizer, prepare
 from attamba.train import TrainingInterrupted, list_checkpoints, read_metrics, train
 from attamba.train import follow as follow_module
 from attamba.train.follow import due, follow
+from attamba.train.storage import remove_old
 
 WIKI = " = Fish = \n \n A fish swims . \n = = Fins = = \n It has fins . \n"
 
@@ -105,6 +106,34 @@ def test_a_failure_is_told_and_the_next_checkpoint_is_scored(make_config):
     assert failed["error"].startswith("CheckpointError: ") and "truncated" in failed["error"]
     assert said[1].startswith("step-00000008 could not be scored: CheckpointError: ")
     assert not (list_checkpoints(config.out)[0].parent.parent / ".follow").exists()
+
+
+def test_a_checkpoint_that_training_deletes_just_then_is_passed_over(make_config, monkeypatch):
+    config = make_config({"train.keep": 9, "eval.mode": "job"})
+    run_dir = train(config).run_dir
+
+    def due_and_gone(step, config, done):
+        if step == 4:
+            remove_old(run_dir, keep=2)
+        return due(step, config, done)
+
+    monkeypatch.setattr(follow_module, "due", due_and_gone)
+    assert follow(config.out, device="cpu", say=lambda text: None) == 0
+    assert [record["step"] for record in results(config)] == [8, 12]
+
+
+def test_a_run_that_was_refused_leaves_what_follows_it_as_it_was(make_config, texts, tmp_path):
+    asked = []
+    change = {"train.keep": 9, "eval.mode": "job"}
+    config = make_config(change)
+    with pytest.raises(TrainingInterrupted):
+        train(config, should_stop=lambda: asked.append(1) or len(asked) == 5)
+    others = tmp_path / "others"
+    prepare(texts / "0.txt", others, load_tokenizer("bytes"))
+    kept = (tmp_path / "run" / "config.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"data\.train: the tokens are not those"):
+        train(make_config({**change, "data.train": str(others)}))
+    assert (tmp_path / "run" / "config.json").read_bytes() == kept
 
 
 def test_a_run_that_stopped_is_waited_for_until_idle(make_config):

@@ -216,10 +216,13 @@ def test_leftovers_of_a_killed_run_are_removed(make_config):
 def test_half_written_files_are_removed(make_config):
     config = make_config({"train.steps": 1})
     os.makedirs(config.out)
-    for name in (".config.json.123", ".metrics.jsonl.123"):
+    mine = [".notes.jsonl.gz", ".settings.json.bak", "data/.mine.old/notes"]
+    for name in (".config.json.123", ".metrics.jsonl.123", *mine):
+        (Path(config.out) / name).parent.mkdir(parents=True, exist_ok=True)
         (Path(config.out) / name).write_text("{")
     train(config)
-    assert [path.name for path in Path(config.out).glob(".*")] == [".lock"]
+    assert sorted(path.name for path in Path(config.out).glob(".*")) == [".lock", *mine[:2]]
+    assert (Path(config.out) / mine[2]).exists()
 
 
 def test_a_file_in_the_place_of_out(make_config, tmp_path):

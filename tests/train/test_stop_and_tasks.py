@@ -1,12 +1,15 @@
 """Training until told to stop, and training on generated tasks."""
 
+import os
+import signal
+
 import pytest
 import torch
 
 import attamba
 from attamba.cli import main
 from attamba.config import ConfigError, RunConfig, from_dict
-from attamba.train import TrainingInterrupted, train
+from attamba.train import TrainingInterrupted, TrainingPreempted, train
 from attamba.train.progress import Lines
 
 TASK = {"type": "recall", "pairs": 3, "n_keys": 6, "n_values": 6}
@@ -42,6 +45,15 @@ def test_told_to_stop_it_saves_and_goes_on(make_config):
         train(config, should_stop=lambda: asked.append(1) or len(asked) == 5)
     result = train(config)
     assert [r.get("loss") for r in result.metrics] == [r.get("loss") for r in whole.metrics]
+
+
+def test_a_signal_while_should_stop_is_asked_is_not_lost(make_config):
+    def should_stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    with pytest.raises(TrainingPreempted, match="Stopped after step 1 of 12"):
+        train(make_config(), should_stop=should_stop)
 
 
 def test_told_to_stop_at_the_end_it_is_done(make_config):
