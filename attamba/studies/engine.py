@@ -35,6 +35,7 @@ from attamba.studies.results import (
     Result,
     Shelf,
     differences,
+    missing_scores,
     of_these_texts,
     read_result,
     result_path,
@@ -42,13 +43,13 @@ from attamba.studies.results import (
     thinned,
     write_result,
 )
-from attamba.studies.scores import Subject, TextScore, make_score
+from attamba.studies.scores import Subject, make_score, text_of
 from attamba.train import CheckpointError, TrainingDiverged, TrainingInterrupted, load, train
 from attamba.train.checkpoint import read_state
 from attamba.train.metrics import read_metrics
 from attamba.train.runtime import resolve_device
 from attamba.train.sources import open_sources
-from attamba.train.storage import find_checkpoint
+from attamba.train.storage import find_checkpoint, list_checkpoints
 
 Say = Callable[[str], None]
 Status = Literal["done", "there", "stopped", "waiting", "failed"]
@@ -178,17 +179,23 @@ def resolved(tree: dict[str, Any], run: Run, place: Place) -> dict[str, Any]:
 def _found(run: Run, config: RunConfig, place: Place) -> Result | None:
     """The result of this very run, its own or another study's; None without one.
 
-    Raises ConfigError for a result of its own name and another configuration, or other texts.
+    Raises ConfigError for a result of its own name and another configuration, of other texts, or
+    without some scores where the model that could be scored is gone.
     """
     path = result_path(place.results, run.study, run.name)
     data = open_sources(config, Path(config.out), fresh=False, say=lambda text: None).fingerprints
+    texts = {
+        name: digest
+        for name, spec in run.scores.items()
+        if (digest := text_of(make_score(spec, f"scores.{name}"), place.data))
+    }
     if not path.exists():
-        return Shelf(place.results).same(config, run.scale, run.scores, data)
+        return Shelf(place.results).same(config, run.scale, run.scores, data, texts)
     result = read_result(path)
-    if not of_these_texts(result, data):
+    if not of_these_texts(result, data, texts):
         raise ConfigError(
-            f"{path} was trained or validated on other texts than those in {place.data}; delete it "
-            f"to run anew, or name another folder with --results"
+            f"{path} was trained, validated or scored on other texts than those in {place.data}; "
+            f"delete it to run anew, or name another folder with --results"
         )
     differing = differences(saved_config(result), config)
     if differing:
@@ -196,7 +203,13 @@ def _found(run: Run, config: RunConfig, place: Place) -> Result | None:
             f"{path} is of another configuration ({'; '.join(differing)}); delete it to run anew, "
             f"or give the variant another name"
         )
-    return result if result.run["scores"] == run.scores or "diverged" in result.end else None
+    missing = missing_scores(result, run.scores)
+    if missing and not list_checkpoints(config.out):
+        raise ConfigError(
+            f"{path} has no score {', '.join(missing)}, and there is no checkpoint in {config.out} "
+            f"to measure it on; delete the file to train anew, or give the study another name"
+        )
+    return None if missing else result
 
 
 class _OutOfTimeError(Exception):
@@ -272,18 +285,18 @@ class _Worker:
             file.write(json.dumps(call) + "\n")
 
     def _scores(self) -> dict[str, Record] | None:
-        """Every score, from its file where it is there; None where the time does not suffice."""
+        """Every score's text and result, from its file where it is there; None where the time does
+        not suffice."""
         found: dict[str, Record] = {}
         subject = None
         for name, spec in self.run.scores.items():
             path = self.folder / "scores" / f"{name}.json"
             saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            if saved.get("spec") != spec:
-                score = make_score(spec, f"scores.{name}")
+            score = make_score(spec, f"scores.{name}")
+            text = text_of(score, self.place.data)
+            if saved.get("spec") != spec or saved.get("text", text) != text:
                 if self.run.scale == "tiny":
                     score = score.at_tiny_scale()
-                if isinstance(score, TextScore):
-                    check_texts(self.place.data, (score.data,))
                 if (
                     self.worked
                     and self._estimate(score.tokens(self.place.data)) > self.place.left()
@@ -291,12 +304,12 @@ class _Worker:
                     return None
                 subject = subject or self._subject()
                 try:
-                    saved = {"spec": spec, "result": score.measure(subject)}
+                    saved = {"spec": spec, "text": text, "result": score.measure(subject)}
                 except _OutOfTimeError:
                     return None
                 write_json(path, saved)
                 self.worked = True
-            found[name] = saved["result"]
+            found[name] = {"text": saved.get("text"), "result": saved["result"]}
         return found
 
     def _estimate(self, tokens: int) -> float:
@@ -335,7 +348,7 @@ class _Worker:
             },
             *thinned(training),
             *(r for r in metrics if r["kind"] == "valid"),
-            *({"kind": "score", "name": n, "result": result} for n, result in scores.items()),
+            *({"kind": "score", "name": name, **score} for name, score in scores.items()),
             {
                 "kind": "end",
                 "steps": training[-1]["step"] if training else 0,

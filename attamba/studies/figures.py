@@ -16,6 +16,7 @@ from attamba.studies.tables import (
     Row,
     Told,
     above,
+    above_at_position,
     at_position,
     at_setting,
     dial_of,
@@ -93,20 +94,19 @@ def position(told: Told, path: Path, *, score: str) -> None:
     reference = next((row for row in told.rows if row.variant == REFERENCE and row.results), None)
     with _figure(path) as ax:
         for row, looks in zip(told.rows, _looks(told.rows)):
-            points = [(s, at_position(row, score, s)) for s in starts]
-            if reference is not None:
-                points = [
-                    (s, None if y is None else _above(y, at_position(reference, score, s)))
-                    for s, y in points
-                ]
+            points = [
+                (
+                    start,
+                    at_position(row, score, start)
+                    if reference is None
+                    else above_at_position(row, reference, score, start),
+                )
+                for start in starts
+            ]
             _line(ax, [(max(s, 8), y) for s, y in points if y is not None], looks, row.variant)
         _powers_of_two(ax)
         than = "" if reference is None else f" above the {REFERENCE}'s"
         _finish(ax, "position in the document (tokens)", f"{score}: nats per token{than}")
-
-
-def _above(value: float, reference: float | None) -> float | None:
-    return None if reference is None else value - reference
 
 
 def dial(told: Told, path: Path, *, score: str) -> None:
@@ -129,7 +129,8 @@ def memory(told: Told, path: Path, *, score: str, key: str) -> None:
             ys = [at_setting(row, score, key, value, "accuracy") for value in settings]
             points = [(x, 100 * y) for x, y in enumerate(ys) if y is not None]
             _line(ax, points, looks, row.variant)
-        chance = [r.scores[score]["chance"] for row in told.rows for r in row.results if r.scores]
+        found = [r.scores[score] for row in told.rows for r in row.results if score in r.scores]
+        chance = [result["chance"] for result in found]
         if chance:
             ax.axhline(100 * chance[0], color=plots.FAINT, lw=1, ls=":", label="chance")
         ax.set_xticks(range(len(settings)), [f"{value:,}" for value in settings])

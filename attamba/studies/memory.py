@@ -95,12 +95,13 @@ def _nats_at(model: Decoder, ids: torch.Tensor, places: np.ndarray) -> np.ndarra
 
 
 def recall(model: Decoder, config: RunConfig, score: RecallScore) -> dict[str, Any]:
-    """Accuracy at each gap and P; chance is 1 / n_values."""
+    """Accuracy at each gap and P, where the model has one; chance is 1 / n_values."""
     task = make_task(config.data.generate or {})
     if not isinstance(task, Recall):
         raise ConfigError("a recall score needs a run on data.generate={type: recall}")
     settings = []
-    sizes: list[int] | list[None] = score.chunk_sizes or [None]
+    has_chunks = any(hasattr(mixer, "chunk_size") for mixer in config.model.layer_mixers())
+    sizes: list[int] | list[None] = (has_chunks and score.chunk_sizes) or [None]
     for size in sizes:
         dialled = model if size is None else redial(model, {"mixer.chunk_size": size})
         for gap in score.gaps:

@@ -4,12 +4,13 @@
  code, parameters, ...}                      what was run
 {"kind": "train", step, loss, ...}           thinned training records
 {"kind": "valid", step, valid_loss, ...}     every validation
-{"kind": "score", name, result}              one per score
+{"kind": "score", name, text, result}        one per score; the fingerprint of what was scored
 {"kind": "end", tokens, seconds, ...}        what it took
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ class Result:
     train: list[Record] = field(default_factory=list)
     valid: list[Record] = field(default_factory=list)
     scores: dict[str, Record] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of the texts that scores were measured on; older files have none."""
     end: Record = field(default_factory=dict)
 
     @property
@@ -93,6 +96,7 @@ def read_result(path: Path) -> Result:
             train=by_kind.get("train", []),
             valid=by_kind.get("valid", []),
             scores={record["name"]: record["result"] for record in by_kind.get("score", [])},
+            texts={r["name"]: r["text"] for r in by_kind.get("score", []) if r.get("text")},
             end=by_kind["end"][0],
         )
     except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -109,30 +113,42 @@ class Shelf:
 
     def find(self, run: Run) -> Result | None:
         """The result of a run, its own or another study's of the same; None without one."""
-        path = result_path(self.root, run.study, run.name)
-        own = read_result(path) if path.exists() else None
-        if own is not None and own.run["scale"] == run.scale:
-            return own
+        own = self._own(run)
+        if own is not None:
+            return None if _lacks(own, run) else own
         try:
             config = run.config()
         except ConfigError:  # without its texts it cannot be told what its separators are
             return None
         return self.same(config, run.scale, run.scores)
 
+    def why_not(self, run: Run) -> str:
+        """Why the result of the run's own name is not its result; empty where there is none."""
+        own = self._own(run)
+        return "" if own is None else _lacks(own, run)
+
+    def _own(self, run: Run) -> Result | None:
+        path = result_path(self.root, run.study, run.name)
+        own = read_result(path) if path.exists() else None
+        return own if own is not None and own.run["scale"] == run.scale else None
+
     def same(
-        self, config: RunConfig, scale: str, scores: Record, data: Record | None = None
+        self,
+        config: RunConfig,
+        scale: str,
+        scores: Record,
+        data: Record | None = None,
+        texts: dict[str, str] | None = None,
     ) -> Result | None:
         """A result, of whichever study, that computes this and has these scores, or diverged.
 
-        data: fingerprints of the texts that it must be of. Default: any.
+        data, texts: as of_these_texts has them, of which it must be. Default: any.
         """
         for result in self._by_identity.get(_identity(config), []):
-            asked = result.run["scores"]
-            scored = all(asked.get(name) == spec for name, spec in scores.items())
             if (
                 result.run["scale"] == scale
-                and (scored or "diverged" in result.end)
-                and (data is None or of_these_texts(result, data))
+                and not missing_scores(result, scores)
+                and (data is None or of_these_texts(result, data, texts or {}))
             ):
                 return result
         return None
@@ -150,10 +166,46 @@ class Shelf:
         return found
 
 
-def of_these_texts(result: Result, data: Record) -> bool:
-    """Was it trained and validated on the texts with these fingerprints? True where it diverged
-    before it noted any."""
-    return not result.run["data"] or result.run["data"] == data
+def missing_scores(result: Result, scores: Record) -> list[str]:
+    """Names of the scores that it was not asked for, or otherwise; none where it diverged."""
+    if "diverged" in result.end:
+        return []
+    asked = result.run["scores"]
+    return [name for name, spec in scores.items() if asked.get(name) != spec]
+
+
+def of_these_texts(result: Result, data: Record, texts: dict[str, str]) -> bool:
+    """Is it of the texts with these fingerprints, as far as it noted any?
+
+    data: of what was trained and validated on. texts: of what each score was measured on.
+    """
+    scored = all(texts.get(name, text) == text for name, text in result.texts.items())
+    return scored and (not result.run["data"] or result.run["data"] == data)
+
+
+def _lacks(own: Result, run: Run) -> str:
+    """Why a result of this name is not the run's; empty where it is."""
+    saved = saved_config(own)
+    try:
+        config = run.config(lambda tree: _with_separators_of(saved, tree))
+    except ConfigError as error:
+        return f"cannot be ({error})"
+    if differences(saved, config):
+        return "of another configuration"
+    missing = missing_scores(own, run.scores)
+    return f"without {', '.join(missing)}" if missing else ""
+
+
+def _with_separators_of(saved: RunConfig, tree: Record) -> Record:
+    """The tree with the saved ids of separators, of which the recipe has the words."""
+    tree = copy.deepcopy(tree)
+    mixer, there = tree.get("model", {}).get("mixer"), saved.model.mixer
+    parts = mixer if isinstance(mixer, list) else [mixer]
+    for part, found in zip(parts, there if isinstance(there, list) else [there]):
+        boundary, ids = (part or {}).get("boundary"), getattr(found, "boundary", None)
+        if isinstance(boundary, dict) and isinstance(ids, dict) and "tokens" in boundary:
+            part["boundary"] = {**boundary, "tokens": ids.get("tokens")}
+    return tree
 
 
 def saved_config(result: Result) -> RunConfig:

@@ -73,7 +73,9 @@ class TextScore:
         from attamba.data import TokenDataset
 
         size = TokenDataset.open(data / self.data).n_tokens
-        overlap = 1 if self.context is None else self.context / (self.stride or self.context // 2)
+        overlap: float = 1
+        if self.context is not None:
+            overlap = self.context / (self.stride or max(1, self.context // 2))
         return int(min(size, self.max_tokens or size) * overlap)
 
     def measure(self, subject: Subject) -> dict[str, Any]:
@@ -237,11 +239,31 @@ def make_score(spec: dict[str, Any], where: str) -> Score:
             f"{did_you_mean(kind, KINDS)}"
         )
     score = from_dict(KINDS[kind], spec, where)
+    for name in ("context", "stride", "rows", "batch_size", "max_tokens", "document_tokens"):
+        value = getattr(score, name, None)
+        if value is not None:
+            at_least(value, 1, f"{where}.{name}")
     if isinstance(score, CopyScore):
         at_least(
             score.passage, UNTOLD + 1, f"{where}.passage", f"; the first {UNTOLD} do not count"
         )
     return score
+
+
+def text_of(score: Score, data: Path) -> str | None:
+    """The fingerprint of the text that it is measured on; None for a task that makes its own.
+
+    Raises ConfigError where `data` has no such text.
+    """
+    from attamba.data import TokenDataset
+    from attamba.studies.data import check_texts
+    from attamba.train.sources import fingerprint
+
+    name = getattr(score, "data", None)
+    if name is None:
+        return None
+    check_texts(data, (name,))
+    return fingerprint(TokenDataset.open(data / name))
 
 
 def check_scores(specs: Any) -> None:

@@ -35,7 +35,8 @@ def run_lines(study: Study, runs: list[Run], results: Path) -> Iterator[str]:
     shelf = Shelf(results)
     rows = [["run", "parameters", "tokens", "result"]]
     for run in runs:
-        rows.append([run.name, *_size(run), _result(run, shelf) or "missing"])
+        told = _result(run, shelf) or shelf.why_not(run) or "missing"
+        rows.append([run.name, *_size(run), told])
     yield columns(rows)
 
 

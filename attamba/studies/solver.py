@@ -72,7 +72,8 @@ def solve(config: ModelConfig, match: str, seq_len: int) -> list[Rival]:
         kind = "a list of mixers" if isinstance(mixer, list) else mixer.type
         raise ConfigError(f"solve needs a config whose mixer is of type attamba; this has {kind}")
     target = COSTS[match](config, seq_len)
-    base = TransformerMixer(n_heads=mixer.n_heads, head_dim=config.dim // mixer.n_heads)
+    head_dim = mixer.head_dim or config.dim // mixer.n_heads
+    base = TransformerMixer(n_heads=mixer.n_heads, head_dim=head_dim)
     found = [_nearest(config, match, "width", target, seq_len, _widths(mixer.n_heads, config.dim))]
     if match != "params":
         windows = (dataclasses.replace(base, window=w) for w in range(1, seq_len + 1))

@@ -105,7 +105,8 @@ def tell(study: Study, shelf: Shelf, recipes: Path, scale: Scale) -> Told:
 
 
 def _check_one_text(results: list[Result]) -> None:
-    """Raise ConfigError for trainings on different tokens: a table must not compare them."""
+    """Raise ConfigError for trainings and scores on different tokens: a table must not compare
+    them."""
     texts = [r for r in results if r.run["data"] and r.run["config"]["data"]["generate"] is None]
     for result in texts[1:]:
         if result.run["data"] != texts[0].run["data"]:
@@ -113,6 +114,15 @@ def _check_one_text(results: list[Result]) -> None:
                 f"{texts[0].path} and {result.path} were trained or validated on different tokens; "
                 f"prepare the texts of a study once, and delete the results on the others"
             )
+    scored: dict[str, Result] = {}
+    for result in results:
+        for name, text in result.texts.items():
+            first = scored.setdefault(name, result)
+            if first.texts[name] != text:
+                raise ConfigError(
+                    f"{first.path} and {result.path} have {name} on different texts; prepare the "
+                    f"texts of a study once, and delete the results on the others"
+                )
 
 
 def made_with(told: Told) -> str:
@@ -272,13 +282,24 @@ def position_table(told: Told, score: str) -> Table:
 
 def at_position(row: Row, score: str, start: int) -> float | None:
     """Mean nats of a bucket over the seeds."""
-    values = [
-        bucket["nats"]
+    values = _nats_by_seed(row, score, start).values()
+    return statistics.fmean(values) if values else None
+
+
+def above_at_position(row: Row, reference: Row, score: str, start: int) -> float | None:
+    """Nats of a bucket above the reference's, the mean over the seeds that both have."""
+    here, there = (_nats_by_seed(r, score, start) for r in (row, reference))
+    values = [here[seed] - there[seed] for seed in here.keys() & there.keys()]
+    return statistics.fmean(values) if values else None
+
+
+def _nats_by_seed(row: Row, score: str, start: int) -> dict[int, float]:
+    return {
+        result.run["seed"]: bucket["nats"]
         for result in row.results
         for bucket in result.scores.get(score, {}).get("by_position", [])
         if bucket["start"] == start
-    ]
-    return statistics.fmean(values) if values else None
+    }
 
 
 def dial_table(told: Told, score: str) -> Table:
@@ -353,10 +374,17 @@ def at_setting(row: Row, score: str, key: str, value: Any, figure: str) -> float
         for result in row.results
         for part in ("settings", "rows")
         for setting in result.scores.get(score, {}).get(part, [])
-        if setting[key] == value and setting.get("chunk_size") is None
+        if setting[key] == value and setting.get("chunk_size") in (None, _chunk_size(result))
     ]
     values = [v for v in values if v is not None and math.isfinite(v)]
     return statistics.fmean(values) if values else None
+
+
+def _chunk_size(result: Result) -> int | None:
+    """P of the first mixer that has one."""
+    mixer = result.run["config"]["model"]["mixer"]
+    mixers = mixer if isinstance(mixer, list) else [mixer]
+    return next((m["chunk_size"] for m in mixers if "chunk_size" in m), None)
 
 
 def _digits(value: float | None, digits: int) -> str:

@@ -10,16 +10,20 @@ import pytest
 import torch
 
 from attamba.cli import main
+from attamba.config import ConfigError
 from attamba.data import load_tokenizer, prepare
 from attamba.studies import engine
 from attamba.studies.engine import Place, run_all, work_on
 from attamba.studies.results import (
+    Shelf,
     differences,
     read_result,
     result_path,
     saved_config,
     thinned,
 )
+from attamba.studies.show import run_lines
+from attamba.studies.tables import tell
 from attamba.train.metrics import read_metrics
 
 
@@ -195,11 +199,61 @@ def test_results_on_other_texts_are_not_taken(make_study, place, tmp_path):
     there = Place(others, tmp_path / "other-runs", place.results)
     outcome = work_on(first, there)
     assert outcome.status == "failed"
-    assert "was trained or validated on other texts" in outcome.text
+    assert "was trained, validated or scored on other texts" in outcome.text
     (same,) = make_study("other", seeds=[0], variants={"chunks": {"mixer.chunk_size": 4}}).runs(
         "full"
     )
     assert work_on(same, there).status == "done"
+
+
+def test_scores_on_another_text_are_not_taken(make_study, place, tmp_path):
+    """Nor is what the run's folder has of them."""
+    scores = {"wiki": {"kind": "text", "data": "wikitext2", "max_tokens": 100}}
+    first, second = make_study(seeds=[0], scores=scores).runs("full")
+    assert work_on(first, place).status == "done"
+    path = result_path(place.results, first.study, first.name)
+    before = read_result(path)
+    (tmp_path / "more.txt").write_text("other words " * 300, encoding="utf-8")
+    shutil.rmtree(place.data / "wikitext2")
+    prepare(tmp_path / "more.txt", place.data / "wikitext2", load_tokenizer("bytes"))
+    outcome = work_on(first, place)
+    assert outcome.status == "failed"
+    assert "was trained, validated or scored on other texts" in outcome.text
+    assert work_on(second, place).status == "done"
+    second = read_result(result_path(place.results, second.study, second.name))
+    assert second.texts["wiki"] != before.texts["wiki"]
+    study = make_study(seeds=[0], scores=scores)
+    with pytest.raises(ConfigError, match="have wiki on different texts"):
+        tell(study, Shelf(place.results), tmp_path, "full")
+    path.unlink()
+    assert work_on(first, place).status == "done"
+    assert read_result(path).texts == second.texts
+    assert read_result(path).scores != before.scores
+
+
+def test_a_result_of_another_recipe_is_not_listed_nor_reported(make_study, place, tmp_path):
+    run = make_study(seeds=[0]).runs("full")[0]
+    assert work_on(run, place).status == "done"
+    more = {**run.scores, "other": {"kind": "text", "data": "wikitext2", "max_tokens": 100}}
+    for changes, why in (({"set": {"optim.lr": 1e-5}}, "of another configuration"),
+                         ({"scores": more}, "without other")):  # fmt: skip
+        study = make_study(seeds=[0], **changes)
+        told = list(run_lines(study, study.runs("full"), place.results))
+        assert why in "".join(told) and "done" not in "".join(told)
+        rows = tell(study, Shelf(place.results), tmp_path, "full").rows
+        assert not any(row.results for row in rows)
+
+
+def test_a_new_score_of_a_model_that_is_gone_is_refused(make_study, place):
+    run = make_study().runs("full")[0]
+    work_on(run, place)
+    path = result_path(place.results, run.study, run.name)
+    before = path.read_bytes()
+    shutil.rmtree(place.run_dir(run))
+    scores = {**run.scores, "other": {"kind": "text", "data": "wikitext2", "max_tokens": 100}}
+    outcome = work_on(make_study(scores=scores).runs("full")[0], place)
+    assert outcome.status == "failed" and "has no score other, and there is no chec" in outcome.text
+    assert path.read_bytes() == before
 
 
 def test_a_damaged_result_of_another_study_is_no_obstacle(make_study, place):

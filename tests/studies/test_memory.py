@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import attamba
-from attamba.config import ConfigError, RunConfig, from_dict
+from attamba.config import ConfigError, RunConfig, TransformerMixer, from_dict
 from attamba.data import TokenizedDocument
 from attamba.data.generated import GeneratedRows, make_task
 from attamba.studies import memory
@@ -126,6 +126,14 @@ def test_recall_at_other_chunk_sizes_is_that_of_those_models():
     own = memory.recall(model, config, RecallScore(rows=4))["settings"]
     assert [s["chunk_size"] for s in both] == [4, 1] and own[0]["chunk_size"] is None
     assert both[0]["by_distance"] == own[0]["by_distance"]
+
+
+def test_recall_at_other_chunk_sizes_of_a_model_without_chunks_is_its_own():
+    config = _config(TASK)
+    config.model.mixer = TransformerMixer(n_heads=2)
+    model = attamba.build_model(config.model).eval()
+    (found,) = memory.recall(model, config, RecallScore(rows=4, chunk_sizes=[4, 1]))["settings"]
+    assert found["chunk_size"] is None
 
 
 def test_a_pass_key_is_found_where_it_is_known():

@@ -12,8 +12,8 @@ from attamba.config import ConfigError
 from attamba.studies.engine import run_all
 from attamba.studies.recipe import GROUPS, find_recipes, load_study, save_json
 from attamba.studies.report import markdown, write_report
-from attamba.studies.results import Shelf, read_result
-from attamba.studies.tables import quality_table, tell
+from attamba.studies.results import Result, Shelf, read_result
+from attamba.studies.tables import Row, above_at_position, at_setting, quality_table, tell
 
 FOLDER = Path(__file__).parents[2] / "studies"
 BOOKS = {"kind": "text", "data": "valid", "context": 32, "max_tokens": 200}
@@ -143,6 +143,30 @@ def test_a_report_shows_what_another_study_has_run(done, make_study, place, tmp_
     assert rows["same"][up_to_perplexity] == _rows(text, "little")["chunks"][up_to_perplexity]
     assert rows["new"][1:3] == ["0 of 2", "not run"]
     assert "in other studies: same is little/chunks-s0, same is little/chunks-s1." in text
+
+
+def test_the_own_chunk_size_is_shown_where_several_were_tried():
+    settings = [{"chunk_size": p, "gap": 0, "accuracy": 1 / p} for p in (4, 8)]
+    config = {"model": {"mixer": {"type": "attamba", "chunk_size": 8}}}
+    result = Result(Path("a"), {"config": config, "seed": 0}, scores={"r": {"settings": settings}})
+    assert at_setting(Row("a", [result], 1), "r", "gap", 0, "accuracy") == 1 / 8
+
+
+def test_position_is_compared_over_the_seeds_that_both_have():
+    def row(name, nats):
+        results = [
+            Result(
+                Path(name),
+                {"seed": seed},
+                scores={"books": {"by_position": [{"start": 8, "stop": 16, "nats": value}]}},
+            )
+            for seed, value in nats.items()
+        ]
+        return Row(name, results, 2)
+
+    few, both = row("few", {0: 3.5}), row("transformer", {0: 3.0, 1: 9.0})
+    assert above_at_position(few, both, "books", 8) == 0.5
+    assert above_at_position(few, both, "books", 16) is None
 
 
 def test_the_same_results_give_the_same_files(done, place, tmp_path):
