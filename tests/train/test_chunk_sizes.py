@@ -4,10 +4,14 @@ import re
 from collections import Counter
 
 import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
 
 from attamba.config import ConfigError
+from attamba.models import build_model
 from attamba.train import train
 from attamba.train.chunk_sizes import draw_size, set_chunk_size
+from attamba.train.parallelize import parallelize
 from attamba.train.run import Run
 
 
@@ -34,6 +38,22 @@ def test_each_step_trains_at_its_own_p(make_config, monkeypatch):
     plain = train(make_config({"train.steps": 6}, out="plain"))
     losses = [[r["loss"] for r in run.metrics if r["kind"] == "train"] for run in (result, plain)]
     assert losses[0] != losses[1]
+
+
+def test_every_p_is_compiled(make_config, monkeypatch):
+    """However many there are: torch.compile leaves a ninth variant as it is unless it is told."""
+    counter, compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compile(model, backend=counter))
+    sizes = list(range(1, 11))
+    config = make_config({"train.chunk_sizes": sizes, "train.compile": True})
+    model = build_model(config.model)
+    ids = torch.randint(0, 9, (2, 24))
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        forward = parallelize(model, None, config)
+        for size in sizes:
+            set_chunk_size(model, size)
+            forward(ids)
+    assert counter.frame_count == len(sizes)
 
 
 def test_validation_is_at_the_config_s_own_p(make_config):

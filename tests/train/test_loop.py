@@ -7,6 +7,7 @@ import torch
 
 from attamba.config import ConfigError, from_dict
 from attamba.data import Batch, DataError, load_tokenizer, prepare, train_bpe
+from attamba.models import Decoder
 from attamba.train import TrainingDiverged, list_checkpoints, load, read_metrics, train
 from attamba.train import run as run_module
 from attamba.train.distributed import Ranks
@@ -350,3 +351,14 @@ def test_configs_written_by_a_run_read_back(make_config):
 def test_cuda_graphs_are_refused_on_a_cpu(make_config):
     with pytest.raises(ConfigError, match=r"train\.cuda_graphs=true needs a CUDA device"):
         train(make_config({"train.cuda_graphs": True}))
+
+
+def test_each_seed_has_random_boundaries_of_its_own(make_config, monkeypatch):
+    draws = {}
+    for seed in (0, 1):
+        seen = draws.setdefault(seed, [])
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoder, "set_draw", lambda model, draw, seen=seen: seen.append(draw))
+            train(make_config({"train.seed": seed, "train.steps": 4}, out=str(seed)))
+    assert [len(set(seen)) for seen in draws.values()] == [4, 4]
+    assert not set(draws[0]) & set(draws[1])
