@@ -98,6 +98,32 @@ def test_attend_step_over_many_entries(dtype, heads, groups, width, window):
         limit = 1e-5 if dtype == torch.float32 else 1e-2
         assert relative(out, _dense(q, keys, values, counts)) < limit, step
         assert (held.arrivals == 0).all()
+
+
+@pytest.mark.parametrize("batch", [1, 64, 300])
+def test_entries_that_give_one_program_more_a_share(batch):
+    """Of many rows programs begin when others of the same row are done: none may take the count
+    of after the step for that of before, wherever a share ends (256 entries, 512, ...)."""
+    groups, width, window = 8, 64, 4
+    held = Held(batch, groups, width, window, torch.bfloat16, CUDA)
+    held.reserve(1200)
+    for block in (*held.blocks.k, *held.blocks.v):
+        block.normal_()
+    counts = torch.tensor([250, 252, 508, 764, 1020], device=CUDA)
+    held.n_past.copy_(counts[torch.randint(0, 5, (batch, groups), device=CUDA)])
+    held.ring_ends.fill_(True)
+    lengths = torch.full((batch,), 4000, device=CUDA)
+    ends = torch.ones(batch, groups, dtype=torch.bool, device=CUDA)
+    for step in range(12):
+        q, k, v = torch.randn(3, batch, groups, width, device=CUDA, dtype=torch.bfloat16).unbind(0)
+        out = attend_step(q, k, v, held, lengths, ends=ends, backend="triton")
+        seen = held.n_past + window
+        keys, values = held.blocks.joined(held.blocks.capacity)
+        unseen = torch.arange(keys.shape[2], device=CUDA) >= seen[..., None]
+        keys, values = (t.masked_fill(unseen[..., None], 0.0) for t in (keys, values))
+        assert relative(out, _dense(q, keys, values, seen)) < 1e-2, step
+        assert (held.arrivals == 0).all()
+        lengths = lengths + 1
         lengths = lengths + 1
 
 

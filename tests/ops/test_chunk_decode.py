@@ -108,6 +108,30 @@ def test_attend_step_is_its_reference(backend, name):
         assert torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.skipif(not interpreted(), reason="looks at the kernels in Triton's interpreter")
+@pytest.mark.parametrize("past", [252, 508])
+def test_the_entry_that_gives_one_program_more_a_share(past):
+    """From 257 entries on two programs share them, from 513 on three. One that begins when the
+    others are done, as the interpreter's do, must not take the new count for the old."""
+    got, want = (_held(2, 1, 8, 4, torch.float32, 1e4) for _ in range(2))
+    for held in (got, want):
+        held.n_past.copy_(torch.tensor([[past], [past - 2]]))
+        held.ring_ends.fill_(True)
+        held.known_past = None
+        draw = torch.Generator().manual_seed(0)
+        for block in (*held.blocks.k, *held.blocks.v):
+            block.normal_(generator=draw)
+    lengths = torch.tensor([2000, 2001])
+    for step in range(5):
+        q, k, v = torch.randn(3, 2, 1, 8).unbind(0)
+        ends = torch.tensor([[True], [step != 2]])
+        y = attend_step(q, k, v, got, lengths, ends=ends, backend="triton")
+        ref = attend_step(q, k, v, want, lengths, ends=ends, backend="reference")
+        assert relative(y, ref) < 1e-5, step
+        assert not got.arrivals.any() and torch.equal(got.n_past, want.n_past)
+        lengths = lengths + 1
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("taps, inner, heads, state", [(4, 8, 2, 4), (4, 12, 3, 7), (1, 16, 1, 16)])
 def test_compress_step_is_its_reference(backend, taps, inner, heads, state):

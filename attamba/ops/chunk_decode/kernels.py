@@ -109,7 +109,8 @@ def attend_step_kernel(
     """One key/value head of one row, a share of the entries, SHARE or more. The last program to
     finish adds the new token and the entry that it pushes out, writes both, and reduces.
 
-    Until then nothing of the cache changes, so no program sees half of a step. With MORE what is
+    Until then nothing of the cache changes, so no program sees half of a step: those that have no
+    share are waited for as well. With MORE what is
     held is read beside the kernels that make it: queries must have been made before compress_step
     (which lets nobody start before all that precedes it has ended).
     """
@@ -138,56 +139,59 @@ def attend_step_kernel(
 
     share = tl.maximum(tl.cdiv(tl.cdiv(n, SPLITS), BN) * BN, SHARE)
     n_splits = tl.maximum(tl.cdiv(n, share), 1)
-    if split < n_splits:
-        begin = split * share
-        end = tl.minimum(begin + share, n)
+    # The last one changes n_past, from which all know how many there are: so all must have read it.
+    arrivals = SPLITS if RING > 0 else n_splits
+    if split < arrivals:
         d = tl.arange(0, DP)
         m = tl.arange(0, MP)
-        col = tl.arange(0, BN)
         rotary_at = b * rotary_stride_b
-        in_head = (d < D)[None, :]
         q_at = q + b * q_stride_b + h * M * q_stride_h
-        live_q = (m < M)[:, None] & in_head
-        query = _turned(
-            q_at + m[:, None] * q_stride_h,
-            1,
-            cos + rotary_at,
-            sin + rotary_at,
-            d[None, :],
-            D // 2,
-            ROTARY,
-            live_q,
-        )
-        query = query * (scale * LOG2E)
         top = tl.full([MP], float("-inf"), tl.float32)
         total = tl.zeros([MP], tl.float32)
         acc = tl.zeros([MP, DP], tl.float32)
-        for first in range(begin, end, BN):
-            page_k, page_v = _page(table, first, bh, PAGE, DTYPE)
-            row = first % PAGE + col
-            where = row[:, None] * D + d[None, :]
-            entry = first + col
-            seen = (entry < end) & (entry != pushed)
-            live = seen[:, None] & in_head
-            keys = tl.load(tl.multiple_of(page_k + where, [1, ALIGN]), mask=live, other=0.0)
-            values = tl.load(tl.multiple_of(page_v + where, [1, ALIGN]), mask=live, other=0.0)
-            if DOT:
-                score = tl.dot(query.to(DTYPE), tl.trans(keys), input_precision="ieee")
-            else:
-                score = tl.sum(query * keys.to(tl.float32), 1)[None, :]
-            score = tl.where(seen[None, :], score, float("-inf"))
-            high = tl.maximum(top, tl.max(score, 1))
-            # a tile of nothing but the pushed entry leaves the maximum at minus infinity
-            safe = tl.where(high == float("-inf"), 0.0, high)
-            weight = tl.exp2(score - safe[:, None])
-            shrink = tl.exp2(top - safe)
-            total = total * shrink + tl.sum(weight, 1)
-            if DOT:
-                added = tl.dot(weight.to(DTYPE), values, input_precision="ieee")
-            else:
-                added = tl.sum(tl.trans(weight) * values.to(tl.float32), 0)[None, :]
-            acc = acc * shrink[:, None] + added
-            top = high
+        if split < n_splits:
+            begin = split * share
+            end = tl.minimum(begin + share, n)
+            col = tl.arange(0, BN)
+            in_head = (d < D)[None, :]
+            live_q = (m < M)[:, None] & in_head
+            query = _turned(
+                q_at + m[:, None] * q_stride_h,
+                1,
+                cos + rotary_at,
+                sin + rotary_at,
+                d[None, :],
+                D // 2,
+                ROTARY,
+                live_q,
+            )
+            query = query * (scale * LOG2E)
+            for first in range(begin, end, BN):
+                page_k, page_v = _page(table, first, bh, PAGE, DTYPE)
+                row = first % PAGE + col
+                where = row[:, None] * D + d[None, :]
+                entry = first + col
+                seen = (entry < end) & (entry != pushed)
+                live = seen[:, None] & in_head
+                keys = tl.load(tl.multiple_of(page_k + where, [1, ALIGN]), mask=live, other=0.0)
+                values = tl.load(tl.multiple_of(page_v + where, [1, ALIGN]), mask=live, other=0.0)
+                if DOT:
+                    score = tl.dot(query.to(DTYPE), tl.trans(keys), input_precision="ieee")
+                else:
+                    score = tl.sum(query * keys.to(tl.float32), 1)[None, :]
+                score = tl.where(seen[None, :], score, float("-inf"))
+                high = tl.maximum(top, tl.max(score, 1))
+                # a tile of nothing but the pushed entry leaves the maximum at minus infinity
+                safe = tl.where(high == float("-inf"), 0.0, high)
+                weight = tl.exp2(score - safe[:, None])
+                shrink = tl.exp2(top - safe)
+                total = total * shrink + tl.sum(weight, 1)
+                if DOT:
+                    added = tl.dot(weight.to(DTYPE), values, input_precision="ieee")
+                else:
+                    added = tl.sum(tl.trans(weight) * values.to(tl.float32), 0)[None, :]
+                acc = acc * shrink[:, None] + added
+                top = high
 
         if MORE:
             wait_for_predecessor(OVERLAP)
@@ -195,15 +199,16 @@ def attend_step_kernel(
                 let_successor_start(OVERLAP)
         # partial: [B*G, SPLITS, M, DP + 2]
         width: tl.constexpr = DP + 2
-        before = n_splits - 1
-        if n_splits > 1:
+        before = arrivals - 1
+        if arrivals > 1:
             part = partial + (bh * SPLITS + split) * (M * width) + m * width
-            tl.store(part[:, None] + d[None, :], acc, mask=(m < M)[:, None])
-            tl.store(part + DP, top, mask=m < M)
-            tl.store(part + DP + 1, total, mask=m < M)
+            found = m < tl.where(split < n_splits, M, 0)
+            tl.store(part[:, None] + d[None, :], acc, mask=found[:, None])
+            tl.store(part + DP, top, mask=found)
+            tl.store(part + DP + 1, total, mask=found)
             tl.debug_barrier()
             before = tl.atomic_add(counter + bh, 1, sem="acq_rel")
-        if before == n_splits - 1:
+        if before == arrivals - 1:
             tl.store(counter + bh, 0)
             _finish(
                 q_at,
@@ -232,6 +237,7 @@ def attend_step_kernel(
                 pushed,
                 takes,
                 n_splits,
+                (n_splits > 1) | (split > 0),
                 RING,
                 M,
                 MP,
@@ -274,6 +280,7 @@ def _finish(
     pushed,
     takes,
     n_splits,
+    by_others,
     RING: tl.constexpr,
     M: tl.constexpr,
     MP: tl.constexpr,
@@ -287,7 +294,7 @@ def _finish(
     ENDS: tl.constexpr,
 ):
     """Move, write, reduce: pointers are those of one row and head. top, total [MP], acc [MP, DP]:
-    what this program found, which is all where there is one."""
+    what this program found, which is all unless others found something (by_others)."""
     d = tl.arange(0, DP)
     live = d < D
     new_k, partner = _summed(k, 1, more_k, 1, d, D // 2, MORE, live)
@@ -337,7 +344,7 @@ def _finish(
         high = tl.max(tl.where(this, top, float("-inf")), 0)
         found = tl.sum(tl.where(this, total, 0.0), 0)
         values = tl.sum(tl.where(this[:, None], acc, 0.0), 0)
-        if n_splits > 1:
+        if by_others:
             parts = partial + splits * (M * width) + m * width
             high, found, values = _reduced(parts, there, d, DP)
         score_new = tl.where(takes, tl.sum(query * new_k.to(tl.float32), 0), float("-inf"))
