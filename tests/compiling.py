@@ -17,16 +17,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypedDict
 
-CAPABILITY, PROCESSORS = 90, 132
+CAPABILITY, PROCESSORS, SHARED_MEMORY = 90, 132, 232_448
 
 
 class Compiled(TypedDict):
-    """One kernel: the case it is of, its name, warps, constants, whether its machine code was read,
-    and what is wrong with it."""
+    """One kernel: the case it is of, its name, warps, bytes of shared memory, constants, whether
+    its machine code was read, and what is wrong with it."""
 
     case: str
     name: str
     warps: int
+    shared: int
     constants: dict[str, Any]
     read: bool
     unwritten: list[str]
@@ -56,15 +57,20 @@ def compiled(cases: list[dict[str, Any]]) -> list[Compiled]:
 def main() -> None:
     """What compiled() starts."""
     found: list[Compiled] = []
-    for case in json.load(sys.stdin):
-        with _recorded(case["name"], found):
+    begun: list[str] = []
+    with _recorded(begun, found):
+        for case in json.load(sys.stdin):
+            begun.append(case["name"])
             _scan(case) if "scan" in case else _model(case)
     json.dump(found, sys.stdout)
 
 
 @contextmanager
-def _recorded(case: str, found: list[Compiled]) -> Iterator[None]:
-    """Launches compile and go no further; what they compile is added to `found`."""
+def _recorded(begun: list[str], found: list[Compiled]) -> Iterator[None]:
+    """Launches compile and go no further; what they compile is added to `found`.
+
+    begun: names of cases, the last of which is under way.
+    """
     import triton.compiler
     from sass import disassembled, unwritten_registers
     from triton.backends.compiler import GPUTarget
@@ -90,9 +96,10 @@ def _recorded(case: str, found: list[Compiled]) -> Iterator[None]:
                 unwritten = unwritten_registers(disassembled(Path(file.name)))
         constants = {src.fn.arg_names[key[0]]: value for key, value in src.constants.items()}
         one: Compiled = {
-            "case": case,
+            "case": begun[-1],
             "name": src.fn.__name__,
             "warps": kernel.metadata.num_warps,
+            "shared": kernel.metadata.shared,
             "constants": {k: v for k, v in constants.items() if isinstance(v, (int, str))},
             "read": read,
             "unwritten": unwritten,
@@ -157,7 +164,9 @@ if __name__ == "__main__":
 
     from attamba.ops import backends
 
-    backends.why_not_triton = lambda device: None
+    backends.why_not_triton = lambda device, dtype: None
     for path in ("attamba.ops.compress.triton", "attamba.ops.compress.scan.triton"):
         vars(importlib.import_module(path))["processors_of"] = lambda device: PROCESSORS
+    for path in ("attamba.ops.chunk_scan", "attamba.ops.chunk_scan.triton"):
+        vars(importlib.import_module(path))["shared_memory"] = lambda device: SHARED_MEMORY
     main()

@@ -46,7 +46,7 @@ class KVCache(Held):
     @property
     def by_kernel(self) -> bool:
         """Does a step of one token run in kernels, which cannot make room for themselves?"""
-        return choose(self.backend, self.blocks.device) == "triton"
+        return choose(self.backend, self.blocks.device, self.blocks.dtype) == "triton"
 
     @property
     def k(self) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import sys
 
 import torch
 
@@ -18,25 +19,32 @@ _INSTALLED = importlib.util.find_spec("triton") is not None  # found, not yet im
 NAMES = ("auto", "torch", "triton", "reference")
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of what kernels are made for."""
+
+
 @torch.compiler.assume_constant_result
-def choose(backend: str, device: torch.device) -> str:
-    """The implementation for tensors on `device`: "torch", "triton" or "reference".
+def choose(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The implementation for such tensors on `device`: "torch", "triton" or "reference".
 
     Raises ValueError for an unknown name, and for "triton" where it cannot run.
     """
     if backend not in NAMES:
         raise ValueError(f"backend={backend!r} must be one of: {', '.join(NAMES)}")
     if backend == "auto":
-        return "triton" if device.type == "cuda" and why_not_triton(device) is None else "torch"
+        is_fast = device.type == "cuda" and why_not_triton(device, dtype) is None
+        return "triton" if is_fast else "torch"
     if backend == "triton":
-        reason = why_not_triton(device)
+        reason = why_not_triton(device, dtype)
         if reason is not None:
             raise ValueError(f"backend='triton' cannot run: {reason}; use backend='auto'")
     return backend
 
 
-def why_not_triton(device: torch.device) -> str | None:
+def why_not_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why Triton kernels cannot run on `device`, or None where they can."""
+    if dtype not in DTYPES:
+        return f"there are no kernels for {dtype}, but for {', '.join(map(str, DTYPES))}"
     if not _INSTALLED:
         return "the package triton is not installed (pip install triton, Linux only)"
     if device.type == "cuda":
@@ -51,6 +59,15 @@ def why_not_triton(device: torch.device) -> str | None:
 def interpreted() -> bool:
     """Do kernels run in Triton's interpreter?"""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@torch.compiler.assume_constant_result
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program's shared memory may have; the interpreter's has no bound."""
+    if device.type != "cuda":
+        return sys.maxsize
+    found = torch.cuda.get_device_properties(device)
+    return getattr(found, "shared_memory_per_block_optin", 1 << 16)  # an AMD GPU's
 
 
 @functools.cache

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 from attamba.ops import chunk_attention
-from attamba.ops.chunk_attention.tiles import KERNELS, Tiles, override
+from attamba.ops.chunk_attention import tiles as tiles_module
+from attamba.ops.chunk_attention.tiles import KERNELS, LEAST, TINY, Tiles, override, tiles
 from attamba.ops.chunking import document_bounds
 
 pytest.importorskip("triton")
@@ -126,6 +127,14 @@ def test_layers_that_are_compiled_find_documents_once():
     assert backward["attamba.chunk_attention_triton_backward.default"] == 2
     scans = ("aten.cummax.default", "aten.cummin.default")
     assert [forward[scan] + backward[scan] for scan in scans] == [1, 1]
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float16, 3e-3)])
+def test_wide_heads_on_a_chip_of_little_shared_memory(dtype, bound, monkeypatch):
+    monkeypatch.setattr(tiles_module, "shared_memory", lambda device: 101_376)
+    for kernel in KERNELS:
+        assert tiles(kernel, 136, 50, dtype, torch.device("cpu")) in (LEAST[kernel], TINY[kernel])
+    check(inputs(50, dtype, width=136), torch.rand(50) < 0.3, 6, bound=bound)
 
 
 def test_what_it_cannot_do_is_an_error(monkeypatch):

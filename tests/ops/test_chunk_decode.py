@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from attamba.ops import chunk_attention
 from attamba.ops.backends import interpreted
 from attamba.ops.chunk_decode import CompressorWeights, Held, attend_step, compress_step
 
@@ -155,10 +156,63 @@ def test_compress_step_is_its_reference(backend, taps, inner, heads, state):
         takes = torch.ones(batch, dtype=torch.bool) if mask is None else mask
         assert relative(y[takes], ref[takes]) < 1e-5
         for a, b in zip(ours, theirs):
-            assert torch.allclose(a[takes], b[takes], atol=1e-5)
-        # A row that starts while it is frozen starts once more when it goes on: its state is moot.
-        for a, b in zip(ours, theirs):
-            a[~takes] = b[~takes]
+            assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_that_lie_apart(backend):
+    """Whatever is only read may be a part of something else."""
+
+    def apart(t: torch.Tensor) -> torch.Tensor:
+        return torch.stack([t, t + 3], -1)[..., 0]
+
+    batch, groups, width = 3, 2, 8
+    got, want = (_held(batch, groups, width, 4, torch.float32, 1e4) for _ in range(2))
+    lengths = torch.zeros(batch, dtype=torch.long)
+    for _ in range(7):
+        q, k, v, *more = torch.randn(5, batch, groups, width).unbind(0)
+        angle = torch.rand(batch, 1, width // 2)
+        options = {"ends": torch.rand(batch, groups) < 0.5, "mask": torch.ones(batch).bool()}
+        ref = attend_step(q, k, v, want, lengths, rotary=(angle.cos(), angle.sin()),
+                          more=(more[0], more[1]), backend="reference", **options)  # fmt: skip
+        spread = {name: tensor[:, None].repeat(1, 2, *[1] * (tensor.dim() - 1))[:, 0]
+                  for name, tensor in options.items()}  # fmt: skip
+        y = attend_step(apart(q), apart(k), apart(v), got, apart(lengths),
+                        rotary=(apart(angle.cos()), angle.sin()),
+                        more=(apart(more[0]), more[1]), backend=backend, **spread)  # fmt: skip
+        assert relative(y, ref) < 1e-5
+        lengths = lengths + 1
+
+    taps, inner, heads, state = 4, 8, 2, 4
+    channels = 2 * (inner + 2 * state)
+    shapes = ((channels, taps), (2, heads), (2, heads), (2, heads))
+    weights = CompressorWeights(*(torch.randn(shape) for shape in shapes))
+    h = torch.randn(batch, 2 * heads, state, inner // heads)
+    conv = torch.randn(batch, taps - 1, channels)
+    projected = torch.randn(batch, 2 * inner + channels + 2 * heads)
+    starts = torch.tensor([True, False, True])
+    ref, *after = compress_step(projected, h, conv, weights, starts=starts, backend="reference")
+    columns = starts[:, None].repeat(1, 2)[:, 0]
+    parts = CompressorWeights(*map(apart, weights))
+    y, *ours = compress_step(
+        apart(projected), h.clone(), conv.clone(), parts, starts=columns, backend=backend
+    )
+    assert relative(y, ref) < 1e-5
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, after))
+    if backend == "triton":
+        with pytest.raises(ValueError, match=r"h of strides .* cannot be written over; make it"):
+            compress_step(projected, apart(h), conv, weights, backend=backend)
+
+
+@pytest.mark.skipif(not interpreted(), reason="asks for Triton")
+def test_numbers_without_kernels():
+    held = Held(1, 1, 4, 3, torch.float64, CPU)
+    q = torch.zeros(1, 1, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"there are no kernels for torch.float64, but for torch"):
+        attend_step(q, q, q, held, torch.zeros(1, dtype=torch.long), backend="triton")
+    q = q[None]
+    with pytest.raises(ValueError, match=r"there are no kernels for torch.float64"):
+        chunk_attention(q, q, q, None, None, backend="triton")
 
 
 def test_shapes_that_disagree():
@@ -172,3 +226,7 @@ def test_shapes_that_disagree():
         attend_step(q, k, k, held, lengths[:1])
     with pytest.raises(ValueError, match=r"ends has shape \[2, 3\]; it must be \[B or 1, G or 1\]"):
         attend_step(q, k, k, held, lengths, ends=torch.zeros(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"more has \[2, 1, 4\], expected \[2, 2, 4\] as k"):
+        attend_step(q, k, k, held, lengths, more=(k, k[:, :1]))
+    with pytest.raises(ValueError, match=r"rotary has \[2, 2\], expected \[B or 1, 1, D/2\]"):
+        attend_step(q, k, k, held, lengths, rotary=(torch.zeros(2, 2), torch.zeros(2, 2)))

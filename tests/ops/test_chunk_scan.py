@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attamba.ops import chunk_scan
+from attamba.ops.backends import interpreted
 
 BATCH, S, W, N = 2, 4, 3, 5
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
@@ -244,3 +247,34 @@ def test_no_loop_over_tokens():
 def test_errors(change, text):
     with pytest.raises(ValueError, match=text):
         chunk_scan(**{**_inputs(10), **change})
+
+
+def test_a_token_that_lies_apart():
+    inputs = _inputs(1)
+    inputs["x"] = inputs["x"].permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    got, want = (chunk_scan(**inputs, backend=backend) for backend in ("torch", "reference"))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.skipif(not interpreted(), reason="asks for Triton")
+@pytest.mark.parametrize("memory, tile", [(1 << 18, 32), (20_000, 16), (5000, None)])
+def test_states_and_shared_memory(memory, tile, monkeypatch):
+    """With little of it tiles have fewer tokens; with less it is PyTorch, or refused."""
+    package, triton = (
+        importlib.import_module(f"attamba.ops.chunk_scan{part}") for part in ("", ".triton")
+    )
+    for module in (package, triton):
+        monkeypatch.setattr(module, "shared_memory", lambda device: memory)
+    assert triton.tile_tokens(torch.float32, N, W, memory) == tile
+    tensors = _inputs(70)
+    if tile is None:
+        with pytest.raises(ValueError, match="cannot scan states of 5 x 3 here, which need more"):
+            chunk_scan(**tensors, backend="triton")
+        monkeypatch.setattr(
+            package, "choose", lambda name, *_: "triton" if name == "auto" else name
+        )  # as "auto" on a GPU
+        assert torch.equal(chunk_scan(**tensors), chunk_scan(**tensors, backend="torch"))
+        return
+    got, want = (_run(tensors, backend) for backend in ("triton", "reference"))
+    for name, tensor in want.items():
+        assert (got[name] - tensor).norm() < 1e-4 * tensor.norm(), name

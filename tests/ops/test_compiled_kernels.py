@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from compiling import compiled
+from compiling import SHARED_MEMORY, compiled
 from sass import unwritten_registers
 
 pytest.importorskip("triton")
 
-from attamba.ops.chunk_scan.triton import gradient_warps
+from attamba.ops.chunk_scan.triton import gradient_warps, tile_tokens
 from attamba.ops.compress.scan.triton import segment_warps
 
 BASE: dict[str, Any] = {"type": "attamba", "backend": "triton"}
@@ -22,9 +22,9 @@ def model(name: str, dim: int, mixer: dict[str, Any], whole: bool = False) -> di
     return {"name": name, "dim": dim, "mixer": mixer, "dtype": "bfloat16", "whole": whole}
 
 
-def scan(state_dim: int, width: int) -> dict[str, Any]:
+def scan(state_dim: int, width: int, dtype: str = "bfloat16") -> dict[str, Any]:
     sizes = {"heads": 4, "groups": 2, "state_dim": state_dim, "width": width}
-    return {"name": f"scan {state_dim} x {width}", "scan": sizes, "dtype": "bfloat16"}
+    return {"name": f"scan {state_dim} x {width} {dtype}", "scan": sizes, "dtype": dtype}
 
 
 CASES = [
@@ -35,6 +35,8 @@ CASES = [
     model("deep", 512, {**SEQUENCE, "n_heads": 8, "state_dim": 64}),
     # The least and the most of each side for which ptxas 12.8 went wrong, see below, and the most.
     *(scan(*sides) for sides in [(64, 16), (128, 32), (128, 64)]),
+    scan(32, 256),  # of a model of 4096: tiles of fewer tokens, so that they fit
+    scan(32, 128, "float32"),
 ]
 NAMES = {
     *("forward_kernel", "dq_kernel", "past_kernel", "window_kernel", "index_kernel"),
@@ -45,13 +47,21 @@ NAMES = {
 }
 
 
-def test_no_address_is_used_before_it_is_known():
+def test_no_address_is_used_before_it_is_known_and_all_fit_shared_memory():
     kernels = compiled(CASES)
     assert {kernel["name"] for kernel in kernels} >= NAMES
     read = {kernel["name"] for kernel in kernels if kernel["read"]}
     assert read >= {"forward_kernel", "segment_outputs", "scan_gradients", "tile_states"}
     wrong = [kernel for kernel in kernels if kernel["unwritten"]]
     assert not wrong, wrong
+    large = [kernel for kernel in kernels if kernel["shared"] > SHARED_MEMORY]
+    assert not large, large
+    for kernel in kernels:
+        if kernel["name"].startswith("tile_"):
+            sides = kernel["constants"]["N"], kernel["constants"]["W"]
+            dtype = torch.float32 if kernel["case"].endswith("float32") else torch.bfloat16
+            tile = kernel["constants"]["Q"]
+            assert tile_tokens(dtype, *sides, kernel["shared"]) in (None, *range(tile + 1))
 
 
 @pytest.mark.parametrize("sides", [(64, 16), (64, 32), (128, 16), (128, 32)])

@@ -64,6 +64,8 @@ def test_shapes_that_disagree():
         thin_linear(x, weight[:5], gate=True)
     with pytest.raises(ValueError, match=r"residual is \[2, 5\], expected \[2, 6\]"):
         thin_linear(x, weight, residual=torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"x has shape \[2, 2, 8\]; it must be \[R, K\]"):
+        normed_linear(torch.zeros(2, 2, 8), torch.zeros(2, 6, 8), Norm(torch.ones(2, 8), 1e-5))
 
 
 @kernel

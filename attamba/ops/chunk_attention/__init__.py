@@ -38,7 +38,7 @@ def chunk_attention(
     """
     whole = leading_tokens is None and doc_ids is None and q.shape[1] == k.shape[1]
     # Plain causal attention has kernels of the libraries' own, which the torch backend calls.
-    backend = "torch" if whole and backend == "auto" else choose(backend, q.device)
+    backend = "torch" if whole and backend == "auto" else choose(backend, q.device, q.dtype)
     if leading_tokens is not None and leading_tokens < 0:
         raise ValueError(f"leading_tokens={leading_tokens} must be at least 0, or None for all")
     batch, n_queries, heads, width = q.shape

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from attamba.ops.backends import shared_memory
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -49,7 +51,7 @@ TABLE: dict[tuple[int, int], dict[str, tuple[Tiles, Tiles]]] = {
     },
 }
 
-SMALL = {  # fits every chip, head width and dtype
+SMALL = {  # fits every chip, with heads of at most 128 numbers of 16 bits, or 64 of 32
     "forward": Tiles(64, 32, 32, 4, 2),
     "dq": Tiles(64, 32, 32, 4, 2),
     "past": Tiles(32, 64, 32, 4, 2),
@@ -57,6 +59,10 @@ SMALL = {  # fits every chip, head width and dtype
 }
 TINY = {name: Tiles(32, 32, 32, 4, 1) for name in KERNELS}  # for wide heads in float32
 WIDE = {**TINY, "forward": SMALL["forward"], "dq": SMALL["dq"]}  # heads of 129 to 256, 16 bits
+LITTLE = 160_000
+"""Bytes of shared memory below which wide heads need smaller tiles still: those of compute
+capability 8.6 and 8.9 have 101,376."""
+LEAST = {name: Tiles(16, 16, 16, 4, 1) for name in KERNELS}
 
 
 _OVERRIDE: dict[str, Tiles] = {}
@@ -66,10 +72,11 @@ def tiles(kernel: str, width: int, n_keys: int, dtype: torch.dtype, device: torc
     """Tiles of `kernel` for rows of `n_keys` keys, heads of `width` numbers of `dtype`."""
     if kernel in _OVERRIDE:
         return _OVERRIDE[kernel]
+    little = width > 128 and shared_memory(device) < LITTLE
     if dtype.itemsize > 2:
-        return (SMALL if width <= 64 else TINY)[kernel]
+        return (SMALL if width <= 64 else LEAST if little else TINY)[kernel]
     if width > 128:
-        return WIDE[kernel]
+        return (TINY if little else WIDE)[kernel]
     chip = _chip(device) if device.type == "cuda" else 9
     measured = TABLE.get((chip, 64 if width <= 64 else 128))
     return SMALL[kernel] if measured is None else measured[kernel][n_keys >= LONG]

@@ -58,8 +58,9 @@ def attend_step(
 
     Returns [B, H, D] in q's dtype. Raises ValueError where shapes disagree.
     """
-    backend = choose(backend, q.device)
+    backend = choose(backend, q.device, held.blocks.dtype)
     _check(q, k, v, held, lengths, ends, mask)
+    _check_added(k, rotary, more)
     if backend == "triton":
         from attamba.ops.chunk_decode.triton import attend_step_triton
 
@@ -101,8 +102,25 @@ def _check(
     for name, tensor in (("lengths", lengths), ("mask", mask)):
         if tensor is not None and tensor.shape != (batch,):
             raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {[batch]}")
-    if ends is not None and (ends.shape[0] not in (1, batch) or ends.shape[1] not in (1, heads)):
+    if ends is not None and (
+        ends.dim() != 2 or ends.shape[0] not in (1, batch) or ends.shape[1] not in (1, heads)
+    ):
         raise ValueError(
             f"ends has shape {list(ends.shape)}; it must be [B or 1, G or 1] "
             f"with B={batch}, G={heads}"
         )
+
+
+def _check_added(
+    k: Tensor, rotary: tuple[Tensor, Tensor] | None, more: tuple[Tensor, Tensor] | None
+) -> None:
+    batch, _, width = k.shape
+    for tensor in more or ():
+        if tensor.shape != k.shape:
+            raise ValueError(f"more has {list(tensor.shape)}, expected {list(k.shape)} as k")
+    for tensor in rotary or ():
+        if tensor.shape not in ((1, 1, width // 2), (batch, 1, width // 2)):
+            raise ValueError(
+                f"rotary has {list(tensor.shape)}, expected [B or 1, 1, D/2] with B={batch}, "
+                f"D={width}"
+            )

@@ -54,7 +54,7 @@ def compress_step(
 
     Returns y [B, 2, E] in projected's dtype, and the new h and conv.
     """
-    backend = choose(backend, projected.device)
+    backend = choose(backend, projected.device, projected.dtype)
     if backend == "triton":
         from attamba.ops.chunk_decode.triton import compress_step_triton
 

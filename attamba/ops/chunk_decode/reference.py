@@ -95,7 +95,8 @@ def compress_step_reference(
     channels = conv.shape[2]
     y, h, conv = projected.new_zeros(batch, 2, inner), h.clone(), conv.clone()
     for b in range(batch):
-        if starts is not None and starts[b]:
+        goes_on = mask is None or bool(mask[b])
+        if goes_on and starts is not None and starts[b]:
             h[b], conv[b] = 0, 0
         row = projected[b].float()
         new = row[2 * inner : 2 * inner + channels]
@@ -113,13 +114,13 @@ def compress_step_reference(
                 dt = torch.log1p(torch.exp(raw))
                 decay = torch.exp(-torch.exp(weights.A_log.flatten()[head].float()) * dt)
                 now = decay * h[b, head] + dt * torch.outer(B, x)
-                if mask is None or mask[b]:
+                if goes_on:
                     h[b, head] = now
                 out[s * width : (s + 1) * width] = (
                     C @ now + weights.D_skip.flatten()[head].float() * x
                 )
             z = row[part * inner : (part + 1) * inner]
             y[b, part] = (out * z * torch.sigmoid(z)).to(y.dtype)
-        if mask is None or mask[b]:
+        if goes_on:
             conv[b] = inputs[1:].to(conv.dtype)
     return y, h, conv

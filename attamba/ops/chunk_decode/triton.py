@@ -87,6 +87,8 @@ def _attend_step(
     groups = k.shape[1]
     per_group = heads // groups
     more_k, more_v = (k if t is None else last_dense(t) for t in (more_k, more_v))
+    lengths = lengths.contiguous()
+    cos, sin = (None if t is None else t.contiguous() for t in (cos, sin))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     tile = step_tile(batch * groups, per_group, width, dtype, q.device)
     overlap = overlaps(q.device)
@@ -162,7 +164,11 @@ def compress_step_triton(
     starts: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
-    """See compress_step; h and conv are written over."""
+    """See compress_step; h and conv are written over, so they must be contiguous."""
+    for name, tensor in (("h", h), ("conv", conv)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} of strides {tensor.stride()} cannot be written over; make "
+                             f"it contiguous first, or use backend='torch'")  # fmt: skip
     return _compress_step(projected, h, conv, *weights, starts, mask)
 
 
@@ -179,6 +185,8 @@ def _compress_step(
     mask: Tensor | None,
 ) -> Tensor:
     projected = last_dense(projected)
+    parameters = [t.contiguous() for t in (conv_weight, A_log, dt_bias, D_skip)]
+    starts = None if starts is None else starts.contiguous()
     batch, heads, state, width = h.shape
     inner = heads // 2 * width
     y = projected.new_empty(batch, 2, inner)
@@ -190,10 +198,7 @@ def _compress_step(
         projected,
         h,
         conv,
-        conv_weight,
-        A_log,
-        dt_bias,
-        D_skip,
+        *parameters,
         projected if starts is None else starts,
         projected if mask is None else mask,
         y,

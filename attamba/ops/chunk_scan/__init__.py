@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from attamba.ops.backends import choose
+from attamba.ops.backends import choose, shared_memory
 from attamba.ops.chunk_scan.reference import chunk_scan_reference
 from attamba.ops.chunk_scan.torch import chunk_scan_torch
 
@@ -37,11 +37,13 @@ def chunk_scan(
         initial_state: float32 [B, S, N, W]; None for zeros.
         return_final_state: also return h after the last token, float32 [B, S, N, W].
         backend: see attamba.ops. State and decays are float32 in all of them. A single token
-            is a handful of small products and never goes to Triton.
+            is a handful of small products and never goes to Triton, nor do with "auto" states that
+            are too large for the device's shared memory.
 
-    Returns y, like x, and the final state if asked for. Raises ValueError where shapes disagree.
+    Returns y, like x, and the final state if asked for. Raises ValueError where shapes disagree,
+    and for backend "triton" and states that are too large.
     """
-    chosen = choose(backend, x.device)
+    chosen = choose(backend, x.device, x.dtype)
     batch, seq, heads, width = x.shape
     B, C = (t[:, :, None] if t.dim() == 3 else t for t in (B, C))
     groups, state_dim = B.shape[2:]
@@ -66,10 +68,25 @@ def chunk_scan(
     inputs = (x, dt, A, B, C, starts, D, initial_state)
     if chosen == "reference":
         y, state = chunk_scan_reference(*inputs)
-    elif chosen == "triton" and batch and seq > 1:
+    elif chosen == "triton" and batch and seq > 1 and _fits(x, state_dim, backend):
         from attamba.ops.chunk_scan.triton import chunk_scan_triton
 
         y, state = chunk_scan_triton(*inputs)
     else:
         y, state = chunk_scan_torch(*inputs)
     return (y, state) if return_final_state else y
+
+
+def _fits(x: Tensor, state_dim: int, backend: str) -> bool:
+    """Do states of this size fit Triton's kernels? Raises ValueError where it must be Triton."""
+    from attamba.ops.chunk_scan.triton import tile_tokens
+
+    width = x.shape[-1]
+    if tile_tokens(x.dtype, state_dim, width, shared_memory(x.device)) is not None:
+        return True
+    if backend == "triton":
+        raise ValueError(
+            f"backend='triton' cannot scan states of {state_dim} x {width} here, which need more "
+            f"shared memory than {x.device} has; use backend='auto', more heads or a smaller state"
+        )
+    return False

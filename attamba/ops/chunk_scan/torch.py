@@ -52,7 +52,7 @@ def _step(
     batch, _, heads, width = x.shape
     groups, state_dim = B.shape[2:]
     decay = torch.exp(A.float() * dt[:, 0]).masked_fill(starts, 0.0)
-    xdt = (x.float() * dt[..., None]).view(batch, groups, 1, -1)
+    xdt = (x.float() * dt[..., None]).reshape(batch, groups, 1, -1)
     update = B.float().view(batch, groups, state_dim, 1) * xdt  # [B, K, N, R*W]
     update = update.view(batch, groups, state_dim, -1, width).transpose(2, 3)
     state = torch.addcmul(

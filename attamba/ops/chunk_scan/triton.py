@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from attamba.ops.backends import interpreted
+from attamba.ops.backends import interpreted, shared_memory
 from attamba.ops.chunk_scan import kernels
 
 BLOCK, GROUP = 64, 16
@@ -37,6 +37,20 @@ def gradient_warps(dtype: torch.dtype, state_dim: int, width: int) -> int:
     if dtype != torch.float32 and filled(state_dim) in (64, 128) and filled(width) <= 32:
         return 2
     return state_warps(state_dim, width)
+
+
+def tile_tokens(dtype: torch.dtype, state_dim: int, width: int, memory: int) -> int | None:
+    """Q, tokens of a tile: as many as leave room for the states in so many bytes of shared memory.
+
+    None where no number does. The bound is tile_shared_gradients', which needs most: four states in
+    float32, and less than this per token (tests/ops/test_compiled_kernels.py compares).
+    """
+    exact = dtype == torch.float32
+    sides = filled(state_dim), filled(width)
+    for tile in (32, 16) if exact else (64, 32, 16):
+        if 16 * sides[0] * sides[1] + tile * sum(sides) * (20 if exact else 8) <= memory:
+            return tile
+    return None
 
 
 def filled(side: int) -> int:
@@ -181,7 +195,8 @@ class _Call:
         batch, seq, heads, width = self.x.shape
         groups, state_dim = self.B.shape[2:]
         exact = self.x.dtype == torch.float32
-        tile = 32 if exact else 64
+        tile = tile_tokens(self.x.dtype, state_dim, width, shared_memory(self.x.device))
+        assert tile is not None  # chunk_scan has asked
         tiles = triton.cdiv(seq, tile)
         self.grid = (tiles, groups, batch)
         self.sizes = (seq, tiles)

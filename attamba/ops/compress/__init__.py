@@ -51,7 +51,7 @@ def compress(
     """
     starts = starts[None] if starts.dim() == 1 else starts
     _check(proj, conv_weight, A, dt_bias, D, starts, state_dim, mask, longest)
-    chosen = choose(backend, proj.device)
+    chosen = choose(backend, proj.device, proj.dtype)
     inputs = (proj, conv_weight, A, dt_bias, D, starts, state_dim, eps)
     if chosen == "reference":
         y_k, y_v = compress_reference(*inputs, mask).chunk(2, -1)
@@ -64,7 +64,7 @@ def compress(
             return compress_triton(*inputs)
         if passes_states(proj.dtype, state_dim, _inner(proj, A, state_dim) // A.shape[1]):
             return compress_scan(*inputs)
-    y_k, y_v = compress_torch(*inputs, mask, scan=chosen).chunk(2, -1)
+    y_k, y_v = compress_torch(*inputs, mask, scan=backend).chunk(2, -1)
     return y_k, y_v
 
 

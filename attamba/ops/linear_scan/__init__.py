@@ -32,7 +32,7 @@ def linear_scan(
 
     Returns h, like b, and the final state if asked for. Raises ValueError where shapes disagree.
     """
-    chosen = choose(backend, b.device)
+    chosen = choose(backend, b.device, b.dtype)
     starts = starts[None] if starts.dim() == 1 else starts
     if b.dim() != 3:
         raise ValueError(f"b has shape {list(b.shape)}, expected [B, T, C]")

@@ -26,9 +26,14 @@ class Norm(NamedTuple):
 def normed_linear(
     x: Tensor, weight: Tensor, norm: Norm, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """thin_linear with a norm, and the normed x [R, K] as well. weight: [N, K]."""
+    """thin_linear with a norm, and the normed x as well, [R, N] and [R, K].
+
+    x: [R, K]. weight: [N, K]. Raises ValueError where shapes disagree.
+    """
     _check(x, weight, norm, False, None)
-    if choose(backend, x.device) == "triton":
+    if x.dim() != 2:
+        raise ValueError(f"x has shape {list(x.shape)}; it must be [R, K]")
+    if choose(backend, x.device, x.dtype) == "triton":
         from attamba.ops.thin_linear.triton import normed_linear_triton
 
         return normed_linear_triton(x, weight, norm)
@@ -59,7 +64,7 @@ def thin_linear(
     Returns [R, N] or [R, P, N] in x's dtype. Raises ValueError where shapes disagree.
     """
     _check(x, weight, norm, gate, residual)
-    chosen = choose(backend, x.device)
+    chosen = choose(backend, x.device, x.dtype)
     if chosen == "triton":
         from attamba.ops.thin_linear.triton import thin_linear_triton
 
