@@ -46,6 +46,11 @@ def redial(model: Decoder, overrides: dict[str, Any]) -> Decoder:
     weight = model.embed.weight
     with torch.random.fork_rng(devices=[]):  # these initial values are overwritten at once
         copy = build_model(override_model(model.config, overrides))
+    if copy.config.tie_embeddings != model.config.tie_embeddings:
+        raise ValueError(
+            f"{overrides} cannot be set on trained weights: one tensor would have to be two, or "
+            f"two one; train a model with it instead"
+        )
     ours, theirs = copy.state_dict(), model.state_dict()
     for name in sorted(ours.keys() | theirs.keys()):
         old, new = (list(s[name].shape) if name in s else "nothing" for s in (theirs, ours))

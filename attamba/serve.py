@@ -89,6 +89,7 @@ class Sampling(attamba.hf.AttambaForCausalLM):
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
         model = super().from_pretrained(*args, **options)
         model.generation_config.do_sample = True
+        model.generation_config.top_k = 0  # the library's default would leave the 50 likeliest
         return model
 
 

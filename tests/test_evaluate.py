@@ -261,6 +261,8 @@ def test_redial_takes_the_weights_and_leaves_the_random_state(model):
 def test_redial_refuses_other_weights(model):
     with pytest.raises(ValueError, match=r"'mixer.state_dim': 8} cannot be set on trained weights"):
         redial(model, {"mixer.state_dim": 8})
+    with pytest.raises(ValueError, match="one tensor would have to be two, or two one"):
+        redial(model, {"model.tie_embeddings": not model.config.tie_embeddings})
     with pytest.raises(ValueError, match="would go from nothing to"):
         redial(model, {"mixer.kv_proj": True})
     with pytest.raises(ConfigError, match="did you mean 'chunk_size'"):

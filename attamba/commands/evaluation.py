@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attamba.commands.shared import counter, load_checkpoint
-from attamba.config import ConfigError, RunConfig, parse_overrides
+from attamba.config import ConfigError, RunConfig, override_model, parse_overrides
 from attamba.data import (
     DataError,
     Document,
@@ -50,6 +50,8 @@ def evaluate(args: argparse.Namespace) -> int:
         "checkpoint": str(folder),
         "overrides": args.overrides,
         "data": args.data or "held out by the run",
+        "max_tokens": args.max_tokens,
+        "dtype": args.dtype,
     }
     if args.sweep is None:
         result = evaluate(model, tokenizer, documents, progress=counter("tokens"), **options)
@@ -57,6 +59,8 @@ def evaluate(args: argparse.Namespace) -> int:
         print(_report(result))
     else:
         field, values = parse_sweep(args.sweep)
+        for value in values:  # before anything is scored
+            override_model(model.config, {field: value})
         print(_sweep_line(field, "perplexity", "bits per byte", "cache", "after"))
         rows = sweep(model, tokenizer, documents, field, values, on_row=_print_row, **options)
         record |= {"field": field, **options, "rows": [row.to_dict() for row in rows]}
@@ -95,6 +99,8 @@ def _evaluate_tasks(args: argparse.Namespace) -> int:
 
 def _make_folder(path: Path) -> None:
     """The folder of --json: one that cannot be shows now, not after the scoring."""
+    if path.is_dir():
+        raise ConfigError(f"--json={path} is a folder; name a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -106,7 +112,7 @@ def _context(text: str | None, default: int) -> int | None:
         return default
     if text == "all":
         return None
-    if not text.isdigit():
+    if not text.isdecimal():
         raise ConfigError(f"--context={text} must be a number of tokens, or all")
     return int(text)
 

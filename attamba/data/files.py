@@ -70,5 +70,7 @@ def hold(path: Path) -> Iterator[bool]:
 
 def check_new_folder(out: Path) -> None:
     """Raise ConfigError where something is that would be replaced, or mixed with what is new."""
+    if out.resolve() == Path.cwd():
+        raise ConfigError(f"{out} is the current folder; name one in it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty; name another folder, or delete it")

@@ -22,7 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, simple_parse_args_string
 from torch import Tensor
 from tqdm import tqdm
 
-from attamba.config import parse_overrides
+from attamba.config import ConfigError, parse_overrides
 from attamba.data import Tokenizer
 from attamba.evaluate import LOGITS, filling
 from attamba.generation import stream
@@ -96,7 +96,7 @@ class AttambaLM(TemplateLM):
             overrides: config keys to change at test time: mixer.chunk_size=4.
         """
         if pretrained is None:
-            raise ValueError("there is no model: give --model_args pretrained=RUN_FOLDER")
+            raise ConfigError("there is no model: give --model_args pretrained=RUN_FOLDER")
         folder = find_checkpoint(pretrained)
         changed = parse_overrides([f"{key}={value}" for key, value in overrides.items()])
         model, tokenizer = load(folder, overrides=changed or None, device=device, dtype=dtype)
@@ -306,6 +306,6 @@ def _eval_mode(model: Decoder) -> Iterator[None]:
 
 
 def _at_least_one(name: str, value: Any) -> int:
-    if not str(value).isdigit() or int(value) < 1:
-        raise ValueError(f"{name}={value} must be a whole number of at least 1")
+    if not str(value).isdecimal() or int(value) < 1:
+        raise ConfigError(f"{name}={value} must be a whole number of at least 1")
     return int(value)

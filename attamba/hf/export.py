@@ -61,7 +61,10 @@ def export(
     folder = find_checkpoint(checkpoint)
     decoder, tokenizer = load(folder)
     model = AttambaForCausalLM.from_decoder(decoder, **_special_ids(tokenizer))
-    model.generation_config = GenerationConfig(**_special_ids(tokenizer))
+    unknown = list(range(tokenizer.vocab_size, decoder.config.vocab_size))
+    model.generation_config = GenerationConfig(
+        **_special_ids(tokenizer), suppress_tokens=unknown or None
+    )
     aside = out.with_name(f".{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:

@@ -19,6 +19,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -27,6 +28,8 @@ from attamba.hf.cache import AttambaCache
 from attamba.hf.configuration import AttambaConfig
 from attamba.hf.inputs import check_positions, packed_documents, padding
 from attamba.models.decoder import Block, Decoder
+
+logger = logging.get_logger(__name__)
 
 
 class AttambaBlock(GradientCheckpointingLayer, Block):
@@ -157,6 +160,15 @@ class AttambaModel(AttambaPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         batch, seq = given[0].shape[:2]
+        if self._computes_anew():
+            if past_key_values is not None:
+                raise ValueError(
+                    "past_key_values with gradient checkpointing: what the backward pass computes "
+                    "anew would be kept twice; leave the cache out, or checkpointing off"
+                )
+            if use_cache:
+                logger.warning_once("use_cache=True has no effect with gradient checkpointing")
+                use_cache = False
         cache = self._cache(past_key_values, use_cache, batch)
         mask = padding(attention_mask, seq, cached=cache is not None)
         if position_ids is not None:
@@ -179,6 +191,11 @@ class AttambaModel(AttambaPreTrainedModel):
         if cache is not None:
             cache.seen += seq
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+    def _computes_anew(self) -> bool:
+        """Will the backward pass of this call run layers once more?"""
+        checkpointed = any(layer.gradient_checkpointing for layer in self.decoder.layers)
+        return checkpointed and self.training and torch.is_grad_enabled()
 
     def _cache(self, given: Any, use_cache: bool, batch: int) -> AttambaCache | None:
         if given is None and not use_cache:
@@ -320,7 +337,16 @@ class AttambaForCausalLM(AttambaPreTrainedModel, GenerationMixin):
         ends: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As the base class; of `ends`, which cover all tokens to come, a call gets its own."""
+        """As the base class; of `ends`, which cover all tokens to come, a call gets its own.
+
+        Raises ValueError where the cache has seen all that is given.
+        """
+        if next_sequence_length is not None and next_sequence_length <= 0:
+            raise ValueError(
+                f"past_key_values has seen {past_key_values.seen if past_key_values else 0} tokens "
+                f"and input_ids has {input_ids.shape[1]}; give those that were seen and at least "
+                f"one more"
+            )
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,

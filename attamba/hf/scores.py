@@ -76,7 +76,9 @@ def _read(path: Path) -> dict[str, Any]:
 def _text_row(record: dict[str, Any]) -> Row:
     result, data = record["result"], record.get("data")
     names = data if isinstance(data, str) else ", ".join(Path(name).name for name in data or [])
-    how = _how(record, result.get("context") or "whole document")
+    most, dtype = record.get("max_tokens"), record.get("dtype")
+    part = f"first {most:,} tokens" if most else ""
+    how = _how(record, result.get("context") or "whole document", part, dtype or "")
     return [f"{names} ({how})", *score(result["perplexity"], result.get("bits_per_byte"))]
 
 

@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mfu", type=float, default=0.4, help="share of the peak in model FLOPs (default: 0.4)"
     )
     parser.add_argument(
-        "--decode-tokens", type=int, metavar="N", help="also a decode cache of so many tokens"
+        "--decode-tokens",
+        type=int,
+        metavar="N",
+        help="also a decode cache of so many tokens, in bfloat16",
     )
 
 

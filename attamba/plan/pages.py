@@ -116,7 +116,7 @@ def _traffic(planned: Planned) -> str:
 
 def _work(planned: Planned) -> str:
     heads = ["", "model", "FLOPs per token", "seconds per step", "tokens/s and rank"]
-    heads += ["decode cache of one row, a rank's part"]
+    heads += ["decode cache of one row in bfloat16, a rank's part"]
     rows = []
     for case, layout, name, plan in planned:
         tokens = layout.tokens * layout.passes / layout.tensor

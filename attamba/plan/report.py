@@ -70,7 +70,7 @@ def _rows(
     rows.append(["  tokens per second and rank", *(f"{tokens / s:,.0f}" for s in seconds)])
     if decode_tokens is not None:
         told_cache = [format_bytes(p.cache or 0.0) for p in plans]
-        rows.append([f"decode cache of {decode_tokens:,} tokens", *told_cache])
+        rows.append([f"decode cache of {decode_tokens:,} tokens, bfloat16", *told_cache])
     return rows
 
 

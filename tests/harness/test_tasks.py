@@ -341,13 +341,14 @@ def test_the_harness_s_command_line(folder, tmp_path, monkeypatch, capsys):
     [
         ("{folder}/none", "none is not a folder; give a run folder"),
         ("{folder},mixer.chunk_sise=2", "unknown key 'model.mixer.chunk_sise'; did you mean"),
+        ("{folder} --batch_size=auto", "batch_size=auto must be a whole number of at least 1"),
     ],
 )
 def test_a_mistake_is_one_line_there_too(folder, monkeypatch, capsys, model, message):
     from attamba.harness.__main__ import main as lm_eval
 
-    given = model.format(folder=folder)
-    arguments = ["--model=attamba", f"--model_args=pretrained={given}", "--tasks=books_bpb"]
+    given, *more = model.format(folder=folder).split()
+    arguments = ["--model=attamba", f"--model_args=pretrained={given}", "--tasks=books_bpb", *more]
     arguments += [f"--metadata=books_bpb={folder}/wiki.txt", "--device=cpu"]
     monkeypatch.setattr(sys, "argv", ["attamba-lm-eval", *arguments])
     with pytest.raises(SystemExit) as left:

@@ -19,12 +19,15 @@ if importlib.util.find_spec("transformers") is None:
 
 @pytest.fixture
 def make_run(tmp_path):
-    """make_run(tokenizer=..., dtype=..., tie=...) -> the checkpoint folder of a run at step 7."""
+    """make_run(tokenizer=..., dtype=..., tie=...) -> the checkpoint folder of a run at step 7.
+
+    more: entries of the vocabulary beyond the tokenizer's.
+    """
     from hf_models import build
 
-    def make(tokenizer="bytes", dtype=torch.float32, tie=False, name="run"):
+    def make(tokenizer="bytes", dtype=torch.float32, tie=False, name="run", more=0):
         own = load_tokenizer(tokenizer)
-        decoder, _ = build(tie=tie, vocab_size=own.vocab_size)
+        decoder, _ = build(tie=tie, vocab_size=own.vocab_size + more)
         tree = {"out": str(tmp_path / name), "data": {"train": "texts/books", "seq_len": 64}}
         return save_checkpoint(
             tmp_path / name,

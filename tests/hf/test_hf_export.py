@@ -216,6 +216,26 @@ def test_what_eval_writes_is_read(make_run, tmp_path, capsys):
     assert f"| books_bpb | bits_per_byte | {bits:.4f} | context 64 |" in card
 
 
+def test_the_card_says_what_part_was_scored(make_run, tmp_path):
+    checkpoint = make_run()
+    (tmp_path / "text.txt").write_text("some text to score, and more of it")
+    file = str(tmp_path / "text.json")
+    score = ["eval", str(checkpoint), "--device", "cpu", "--json", file, "--dtype", "bfloat16"]
+    assert main([*score, "--data", str(tmp_path / "text.txt"), "--max-tokens", "9"]) == 0
+    assert main(["export", str(checkpoint), str(tmp_path / "hf"), "--eval", file]) == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "| text.txt (context 64, first 9 tokens, bfloat16) |" in card
+
+
+def test_ids_that_no_tokenizer_knows_are_not_generated(make_run, tmp_path):
+    out = export(make_run(more=44), tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[260:] += 9.0
+    ids = model.generate(torch.tensor([[0, 7, 8]]), max_new_tokens=20, do_sample=False)
+    assert ids.max() < 256
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -294,3 +294,12 @@ def test_rows_of_a_cache():
     cache.reset()
     assert (cache.batch_size, cache.seen) == (-1, 0)
     assert torch.equal(model(ids, past_key_values=cache).logits, model(ids).logits)
+
+
+def test_a_cache_that_has_seen_all_that_is_given_is_refused():
+    _, model = build(ATTAMBA)
+    ids = prompt(1)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="has seen 9 tokens and input_ids has 9; give those that"):
+        model.generate(ids, past_key_values=cache, max_new_tokens=3)

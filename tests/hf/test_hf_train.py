@@ -94,6 +94,29 @@ def test_activation_checkpointing(reentrant):
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_keeps_no_cache(reentrant):
+    """What is computed anew would be in it twice, and gradients wrong."""
+    _, model = build(MIXERS["hybrid"])
+    model.train()
+    ids = torch.randint(VOCAB, (2, 9))
+    kept = []
+    for use_cache in (False, True):
+        model.zero_grad()
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        out = model(ids, labels=ids, use_cache=use_cache)
+        assert out.past_key_values is None
+        out.loss.backward()
+        kept.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*kept, strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    assert cache.seen == 9
+    with pytest.raises(ValueError, match="past_key_values with gradient checkpointing: what the"):
+        model(ids, labels=ids, past_key_values=cache)
+
+
 def count_calls(module):
     calls = []
     module.register_forward_pre_hook(lambda *_: calls.append(1))

@@ -128,6 +128,17 @@ def test_a_temperature_draws(server):
     assert drawn(temperature=0) == drawn(temperature=0)
 
 
+def test_every_token_can_be_drawn(checkpoint, tmp_path):
+    """The library's own default, top_k=50, is not OpenAI's; a request cannot undo it."""
+    from attamba.serve import Sampling, served_folder
+
+    model = Sampling.from_pretrained(served_folder(checkpoint, tmp_path))
+    torch.manual_seed(0)
+    ids = torch.zeros(2000, 1, dtype=torch.long)
+    drawn = model.generate(ids, max_new_tokens=1, temperature=2.0)[:, 1]
+    assert len(drawn.unique()) > 150
+
+
 def test_chat(server, want):
     messages = [{"role": "user", "content": "the cat"}]
     answer = post(server, "/v1/chat/completions", messages=messages, max_tokens=8, temperature=0)
