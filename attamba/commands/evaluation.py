@@ -21,6 +21,7 @@ from attamba.data import (
 )
 from attamba.data.files import write_json
 from attamba.display import columns, format_bytes
+from attamba.train.storage import weights_digest
 
 if TYPE_CHECKING:
     from attamba.dial import SweepRow
@@ -48,6 +49,7 @@ def evaluate(args: argparse.Namespace) -> int:
     }
     record: dict[str, Any] = {
         "checkpoint": str(folder),
+        "weights": weights_digest(folder),
         "overrides": args.overrides,
         "data": args.data or "held out by the run",
         "max_tokens": args.max_tokens,
@@ -92,7 +94,12 @@ def _evaluate_tasks(args: argparse.Namespace) -> int:
     print(table(results))
     if args.json is not None:
         kept = ("results", "groups", "versions", "n-shot", "n-samples")
-        record = {"checkpoint": str(folder), "overrides": args.overrides, "context": context}
+        record = {
+            "checkpoint": str(folder),
+            "weights": weights_digest(folder),
+            "overrides": args.overrides,
+            "context": context,
+        }
         write_json(Path(args.json), record | {k: results[k] for k in kept if k in results})
     return 0
 

@@ -19,6 +19,7 @@ from attamba.models.accounting import cache_bytes, n_parameters
 from attamba.models.mixer_costs import kv_width
 from attamba.train.checkpoint import read_config, read_state
 from attamba.train.metrics import read_metrics
+from attamba.train.storage import weights_digest
 
 FRONT = """---
 library_name: transformers
@@ -41,7 +42,7 @@ def model_card(
     """The text of README.md. Raises ConfigError as read_scores does."""
     run, state = read_config(checkpoint), read_state(checkpoint)
     config = decoder.config
-    scores = read_scores(state["step"], evals)
+    scores = read_scores(state["step"], weights_digest(checkpoint), evals)
     itemsize = decoder.embed.weight.element_size()
     parts = [
         FRONT,

@@ -30,11 +30,13 @@ class Scores:
     """Task; measure; value, with its standard error where there is one; how it was scored."""
 
 
-def read_scores(step: int, files: Iterable[str | Path]) -> Scores:
-    """The scores in files, which must be those of the checkpoint of this step.
+def read_scores(step: int, weights: str, files: Iterable[str | Path]) -> Scores:
+    """The scores in files, which must be those of the checkpoint of this step and these weights.
 
-    Raises ConfigError for a file without a score, and for one measured at another step; OSError for
-    one that is not there.
+    weights: by storage.weights_digest; older files, and the harness's own, have none.
+
+    Raises ConfigError for a file without a score, and for one measured at another step or on
+    another model; OSError for one that is not there.
     """
     scores = Scores()
     for path in map(Path, files):
@@ -44,6 +46,11 @@ def read_scores(step: int, files: Iterable[str | Path]) -> Scores:
             raise ConfigError(
                 f"{path} was measured at step {int(measured[1])}, but step {step} is exported; "
                 f"score that one with `attamba eval --json`, or export the other"
+            )
+        if record.get("weights", weights) != weights:
+            raise ConfigError(
+                f"{path} was measured on other weights ({record.get('checkpoint')}) than are "
+                f"exported; score these with `attamba eval --json`"
             )
         if "result" in record:
             scores.texts.append(_text_row(record))

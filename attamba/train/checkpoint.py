@@ -39,6 +39,7 @@ from attamba.train.runtime import resolve_device, rng_state, set_rng_state
 from attamba.train.storage import (
     SHARDS,
     TOKENIZER,
+    WEIGHTS,
     CheckpointError,
     cannot_save,
     check_unused,
@@ -51,7 +52,7 @@ from attamba.train.storage import (
 if TYPE_CHECKING:
     from attamba.data import Tokenizer
 
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+MODEL, OPTIMIZER = WEIGHTS, "optimizer.safetensors"
 STATE, CONFIG = "state.json", "config.json"
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Any
 from attamba.data.files import sha256, sync
 
 MANIFEST, TOKENIZER, SHARDS = "manifest.json", "tokenizer", "shards"
+WEIGHTS = "model.safetensors"
 FORMAT = 1
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -162,6 +164,21 @@ def verify(
         if name not in leave_out:
             _verify_file(folder, name, size, digest)
     return manifest
+
+
+def weights_digest(checkpoint: Path) -> str:
+    """SHA-256 of the weights, by the manifest: the same for the same checkpoint wherever it is.
+
+    Raises CheckpointError where that is missing or damaged.
+    """
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        weights = {n: e["sha256"] for n, e in files.items() if n == WEIGHTS or SHARDS in n}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{checkpoint / MANIFEST} is missing or damaged ({error!r}); {remedy(checkpoint)}"
+        ) from error
+    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
 
 
 def set_aside(checkpoint: Path) -> Path:

@@ -227,6 +227,15 @@ def test_the_card_says_what_part_was_scored(make_run, tmp_path):
     assert "| text.txt (context 64, first 9 tokens, bfloat16) |" in card
 
 
+def test_scores_of_another_model_are_refused(make_run, tmp_path):
+    (tmp_path / "text.txt").write_text("some text to score, and more of it")
+    file = str(tmp_path / "text.json")
+    score = ["--device", "cpu", "--json", file, "--data", str(tmp_path / "text.txt")]
+    assert main(["eval", str(make_run(name="other", tie=True)), *score]) == 0
+    with pytest.raises(ConfigError, match=r"text\.json was measured on other weights \(.*other"):
+        export(make_run(), tmp_path / "hf", evals=[file])
+
+
 def test_ids_that_no_tokenizer_knows_are_not_generated(make_run, tmp_path):
     out = export(make_run(more=44), tmp_path / "hf")
     model = AutoModelForCausalLM.from_pretrained(out)
