@@ -276,9 +276,9 @@ def test_6_the_backend_of_a_scan_is_the_one_that_is_asked_for(mixer, monkeypatch
     for module in ("chunk_scan", "linear_scan"):
         module = import_module(f"attamba.ops.{module}")
 
-        def choose(backend, device, real=module.choose):
+        def choose(backend, *of, real=module.choose):
             asked.append(backend)
-            return real(backend, device)
+            return real(backend, *of)
 
         monkeypatch.setattr(module, "choose", choose)
     _model({**mixer, "backend": "reference"}, n_layers=1)(torch.zeros(1, 5, dtype=torch.long))
