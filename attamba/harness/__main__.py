@@ -41,7 +41,7 @@ def main() -> None:
         sys.argv += ["--include_path", str(TASKS)]
     try:
         cli_evaluate()
-    except (ConfigError, CheckpointError, DataError) as error:  # others are the harness's own
+    except (ConfigError, CheckpointError, DataError) as error:
         print(f"attamba-lm-eval: error: {error}", file=sys.stderr)
         sys.exit(MISTAKE)
 

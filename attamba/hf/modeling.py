@@ -213,8 +213,7 @@ class AttambaModel(AttambaPreTrainedModel):
 
 def _is_random(mixer: Mixer) -> bool:
     """Does a mixer's boundary policy draw chunk ends anew at each training step?"""
-    boundary = getattr(mixer, "boundary", None)
-    return (boundary["type"] if isinstance(boundary, dict) else boundary) in ("jitter", "random")
+    return getattr(mixer, "policy", None) in ("jitter", "random")
 
 
 class AttambaForCausalLM(AttambaPreTrainedModel, GenerationMixin):

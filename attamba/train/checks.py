@@ -33,9 +33,7 @@ def _check_model(config: RunConfig) -> None:
     try:
         with torch.device("meta"):
             build_model(config.model)
-    except ConfigError:
-        raise
-    except ValueError as error:  # a boundary's options, which the policies know
+    except ValueError as error:  # of a boundary's options, too, which the policies know
         raise ConfigError(str(error)) from error
 
 

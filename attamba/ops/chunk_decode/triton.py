@@ -167,8 +167,10 @@ def compress_step_triton(
     """See compress_step; h and conv are written over, so they must be contiguous."""
     for name, tensor in (("h", h), ("conv", conv)):
         if not tensor.is_contiguous():
-            raise ValueError(f"{name} of strides {tensor.stride()} cannot be written over; make "
-                             f"it contiguous first, or use backend='torch'")  # fmt: skip
+            raise ValueError(
+                f"{name} of strides {tensor.stride()} cannot be written over; make it contiguous "
+                f"first, or use backend='torch'"
+            )
     return _compress_step(projected, h, conv, *weights, starts, mask)
 
 
