@@ -61,12 +61,18 @@ def _shift(row, first, lag: tl.constexpr):
 
 
 @triton.jit
+def _ones(flags, DTYPE: tl.constexpr):
+    """1 where a flag is set, else 0. A cast would convert integers, sixteen of them a cycle."""
+    return tl.where(flags, 1.0, 0.0).to(DTYPE)
+
+
+@triton.jit
 def _conv(inputs, weight, weight_ok, row, first, TAPS: tl.constexpr, PRECISION: tl.constexpr):
     """The convolution of a tile, float32 like inputs [Q, columns]. weight: at the first taps."""
     out = tl.zeros(inputs.shape, tl.float32)
     for lag in tl.static_range(TAPS):
         w = tl.load(weight + TAPS - 1 - lag, mask=weight_ok, other=0.0).to(tl.float32)
-        shift = _shift(row, first, lag).to(inputs.dtype)
+        shift = _ones(_shift(row, first, lag), inputs.dtype)
         out += tl.dot(shift, inputs, input_precision=PRECISION) * w[None, :]
     return out
 
@@ -108,7 +114,7 @@ def compress_forward_kernel(
     seq, span, starts_stride, stride, eps,
     E: tl.constexpr, S: tl.constexpr, N: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr,
     Q: tl.constexpr, NP: tl.constexpr, WP: tl.constexpr, PRECISION: tl.constexpr,
-    EP: tl.constexpr, SP: tl.constexpr, PTX: tl.constexpr,
+    SP: tl.constexpr, PTX: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y_k and y_v [B*T, E], the norm's factors rstd [B*T, 2]. See compress for the inputs."""
     kv = tl.program_id(0)
@@ -120,14 +126,13 @@ def compress_forward_kernel(
     row = tl.arange(0, Q)
     n = tl.arange(0, NP)
     w = tl.arange(0, WP)
-    e = tl.arange(0, EP)
     heads = tl.arange(0, SP)
     DTYPE: tl.constexpr = proj.dtype.element_ty
     while begin < stop:
         end = _tile_end(starts, begin, stop, seq, Q)
         ok = begin + row < end
         first = tl.maximum(chunk_begin(starts, begin, ok, Q), 0)
-        own = _shift(row, first, 0).to(DTYPE)
+        own = _ones(_shift(row, first, 0), DTYPE)
         same = (row[None, :] >= first[:, None]) & (row[None, :] <= row[:, None])
         token = batch.to(tl.int64) * seq + begin
         here = proj + token * stride
@@ -149,16 +154,12 @@ def compress_forward_kernel(
         exists = columns(ok, w, W, WP)
         raw = here + (4 * E + 4 * N + kv * S) + (at + heads[None, :])
         _, dts, cums = head_steps(raw, A + kv * S, dt_bias + kv * S, ok, heads, S)
-        squares = tl.zeros([Q, WP], tl.float32)
+        squares = tl.zeros([Q, 8], tl.float32)
         out = y + token * E + (row[:, None] * E + w[None, :])
         z_at = here + kv * E + (at + w[None, :])
-        z_next = tl.load(z_at, mask=exists, other=0.0)
-        x_next = tl.load(z_at + 2 * E, mask=exists, other=0.0)
-        for head in range(S):
-            z_in, x_in = z_next, x_next
-            if head + 1 < S:  # on their way while this head is computed
-                z_next = tl.load(z_at + (head + 1) * W, mask=exists, other=0.0)
-                x_next = tl.load(z_at + 2 * E + (head + 1) * W, mask=exists, other=0.0)
+        for head in tl.range(S, num_stages=STAGES):
+            z_in = tl.load(z_at + head * W, mask=exists, other=0.0)
+            x_in = tl.load(z_at + 2 * E + head * W, mask=exists, other=0.0)
             weight = conv_weight + (kv * E + head * W + w) * TAPS
             x = _conv(x_in, weight, w < W, row, first, TAPS, PRECISION)
             z = tl.dot(own, z_in, input_precision=PRECISION)
@@ -167,15 +168,14 @@ def compress_forward_kernel(
             out_h = tl.dot(mixing.to(DTYPE), x.to(DTYPE), input_precision=PRECISION)
             out_h += tl.load(D + kv * S + head).to(tl.float32) * x
             out_h *= z * sigmoid(z, PTX)
-            squares += out_h * out_h
+            squares += tl.sum(tl.reshape(out_h * out_h, [Q, WP // 8, 8]), 1)
             tl.store(out + head * W, out_h.to(DTYPE), mask=exists)
         factor = 1.0 / tl.sqrt(tl.sum(squares, 1) / E + eps)
         tl.store(rstd + token * 2 + kv + row * 2, factor, mask=ok)
         tl.debug_barrier()  # what the program has written it now reads
-        whole = y + token * E + (row[:, None] * E + e[None, :])
-        exists = columns(ok, e, E, EP)
-        normed = tl.load(whole, mask=exists, other=0.0).to(tl.float32) * factor[:, None]
-        tl.store(whole, normed.to(DTYPE), mask=exists)
+        for head in tl.range(S, num_stages=STAGES):
+            normed = tl.load(out + head * W, mask=exists, other=0.0).to(tl.float32)
+            tl.store(out + head * W, (normed * factor[:, None]).to(DTYPE), mask=exists)
         begin = end
 
 
@@ -189,18 +189,27 @@ def _conv_backward(
     Adds the weights' gradient to the program's own sums at dweight [columns].
     """
     low = dout.to(inputs.dtype)
-    own = tl.dot(_shift(row, first, 0).to(low.dtype), inputs, input_precision=PRECISION)
+    own = tl.dot(_ones(_shift(row, first, 0), low.dtype), inputs, input_precision=PRECISION)
     grad = tl.zeros(inputs.shape, tl.float32)
     sums = tl.zeros(inputs.shape, tl.float32)  # row `lag`: the gradient of that lag's weights
     for lag in tl.static_range(TAPS):
         w = tl.load(weight + TAPS - 1 - lag, mask=weight_ok, other=0.0).to(tl.float32)
         later = dout
         if lag > 0:
-            shift = tl.trans(_shift(row, first, lag)).to(low.dtype)
+            shift = _ones(tl.trans(_shift(row, first, lag)), low.dtype)
             later = tl.dot(shift, low, input_precision=PRECISION)
         grad += later * w[None, :]
-        rows = tl.broadcast_to(row[:, None] == lag, [Q, Q]).to(low.dtype)
-        sums = tl.dot(rows, (own * later).to(low.dtype), sums, input_precision=PRECISION)
+        # Half of the tokens are added to the other half, so that one product sums two lags.
+        half = tl.sum(tl.reshape(own * later, [2, Q // 2, inputs.shape[1]]), 0)
+        if lag % 2 == 0:
+            even, odd = half, tl.zeros(half.shape, tl.float32)
+        else:
+            odd = half
+        if lag % 2 == 1 or lag == TAPS - 1:
+            pair = tl.reshape(tl.permute(tl.join(even, odd), [2, 0, 1]), inputs.shape)
+            to = lag - lag % 2 + row[None, :] // (Q // 2)  # the row of sums that a token goes to
+            rows = _ones(row[:, None] == to, low.dtype)
+            sums = tl.dot(rows, pair.to(low.dtype), sums, input_precision=PRECISION)
     # One thread alone adds to an element, tile after tile, so the order is always the same.
     at = dweight[None, :] + (TAPS - 1 - row)[:, None] * PER_TAP
     tl.atomic_add(at, sums, mask=(row < TAPS)[:, None] & weight_ok[None, :], sem="relaxed")
@@ -214,7 +223,7 @@ def compress_backward_kernel(
     seq, span, starts_stride, stride, dstride,
     E: tl.constexpr, S: tl.constexpr, N: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr,
     Q: tl.constexpr, NP: tl.constexpr, WP: tl.constexpr, PRECISION: tl.constexpr,
-    SP: tl.constexpr, PTX: tl.constexpr,
+    SP: tl.constexpr, PTX: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dproj [B*T, width] and each program's share of the parameters' gradients.
 
@@ -245,7 +254,7 @@ def compress_backward_kernel(
         end = _tile_end(starts, begin, stop, seq, Q)
         ok = begin + row < end
         first = tl.maximum(chunk_begin(starts, begin, ok, Q), 0)
-        own = _shift(row, first, 0).to(DTYPE)
+        own = _ones(_shift(row, first, 0), DTYPE)
         same = (row[None, :] >= first[:, None]) & (row[None, :] <= row[:, None])
         token = batch.to(tl.int64) * seq + begin
         here, dhere = proj + token * stride, dproj + token * dstride
@@ -282,13 +291,9 @@ def compress_backward_kernel(
         dcums = tl.zeros([Q, SP], tl.float32)
         z_at = at + kv * E + w[None, :]
         z_to = to + kv * E + w[None, :]
-        z_next = tl.load(here + z_at, mask=w_exists, other=0.0)
-        x_next = tl.load(here + 2 * E + z_at, mask=w_exists, other=0.0)
-        for head in range(S):
-            z_in, x_in = z_next, x_next
-            if head + 1 < S:  # on their way while this head is computed
-                z_next = tl.load(here + (head + 1) * W + z_at, mask=w_exists, other=0.0)
-                x_next = tl.load(here + 2 * E + (head + 1) * W + z_at, mask=w_exists, other=0.0)
+        for head in tl.range(S, num_stages=STAGES):
+            z_in = tl.load(here + head * W + z_at, mask=w_exists, other=0.0)
+            x_in = tl.load(here + 2 * E + head * W + z_at, mask=w_exists, other=0.0)
             y_in = tl.load(y_here + head * W + half, mask=w_exists, other=0.0)
             dy_in = tl.load(dy_here + head * W + half, mask=w_exists, other=0.0)
             weight = conv_weight + (kv * E + head * W + w) * TAPS
@@ -321,7 +326,8 @@ def compress_backward_kernel(
             this = heads[None, :] == head
             dsteps += tl.where(this, dstep[:, None], 0.0)
             dcums += tl.where(this, (tl.sum(pulled, 1) - dstep)[:, None], 0.0)
-            dskip += tl.where(heads == head, tl.sum(tl.sum(grad * x, 1), 0), 0.0)
+            skipped = tl.where(row[None, :] == row[:, None], dmixing, 0.0)  # grad_t . x_t
+            dskip += tl.where(heads == head, tl.sum(tl.sum(skipped, 1), 0), 0.0)
 
             dx *= x_gate + x * (1.0 - x_gate)
             dx = _conv_backward(

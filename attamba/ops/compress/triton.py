@@ -19,21 +19,28 @@ from attamba.ops.compress.kernels import compress_backward_kernel, compress_forw
 
 
 class Launch(NamedTuple):
-    """How a kernel is launched: warps of a program, registers of a thread, and how many programs
-    there are for each multiprocessor."""
+    """How a kernel is launched: warps of a program, registers of a thread, how many programs
+    there are for each multiprocessor, how many heads are loaded or computed at a time, and how many
+    arrays are loaded of each."""
 
     warps: int
     registers: int
     programs: int
+    stages: int
+    arrays: int
 
 
 TILE = 16
 """Tokens of a tile; a chunk must fit one. Longer ones are faster where states pass, see scan."""
 
-FORWARD, BACKWARD = Launch(1, 168, 64), Launch(1, 255, 16)
+FORWARD, BACKWARD = Launch(1, 168, 64, 3, 2), Launch(1, 255, 16, 3, 4)
 """Not every number of warps is right: compiled by Triton 3.6 for compute capability 9.0, two give
 wrong gradients, in every dtype. One and four agree to the bit in 16 bits. Run the GPU tests after a
 change."""
+
+ON_THEIR_WAY = 24 * 1024
+"""Bytes that a program loads ahead, at most, so that as many programs fit a multiprocessor as its
+registers allow."""
 
 
 def fits_a_tile(longest: int, dtype: torch.dtype) -> bool:
@@ -83,7 +90,7 @@ def compress_forward(
     compress_forward_kernel[grid](
         proj, *(t.contiguous() for t in (conv_weight, A, dt_bias, D)), starts, y_k, y_v, rstd,
         plan.seq, span, starts_stride, proj.stride(1), eps,
-        **plan.constants(), EP=triton.next_power_of_2(plan.inner), **plan.options(FORWARD),
+        **plan.constants(), **plan.options(FORWARD),
     )  # fmt: skip
     return y_k, y_v, rstd
 
@@ -203,7 +210,9 @@ class _Plan:
         return span, (2, -(-self.seq // span), self.batch)
 
     def options(self, launch: Launch) -> dict[str, int]:
-        options = {"num_warps": launch.warps, "num_stages": 1}
+        head = launch.arrays * TILE * filled(self.inner // self.heads) * 2
+        stages = min(launch.stages, 1 + ON_THEIR_WAY // head)
+        options = {"num_warps": launch.warps, "num_stages": 1, "STAGES": stages}
         if writes_ptx():
             options["maxnreg"] = launch.registers
         return options
@@ -219,7 +228,8 @@ class _Plan:
             "Q": TILE,
             "NP": filled(self.state_dim),
             "WP": filled(width),
-            "SP": triton.next_power_of_2(self.heads),
+            # Two at least, since Triton does not compile a running sum of one column.
+            "SP": max(2, triton.next_power_of_2(self.heads)),
             "PRECISION": "ieee" if self.exact else "tf32",
             "PTX": writes_ptx(),
         }
