@@ -34,16 +34,26 @@ def add_common_arguments(parser: argparse.ArgumentParser, lengths: str) -> None:
     parser.add_argument("--dim", type=int, default=512, help="model width (default: 512)")
     parser.add_argument("--layers", type=int, default=8, help="layers (default: 8)")
     parser.add_argument("--chunk-size", type=int, default=8, help="Attamba's P (default: 8)")
-    parser.add_argument("--batch-size", type=int, default=1, help="rows (default: 1)")
+    parser.add_argument("--batch-size", type=int, help="rows (default: 1)")
     parser.add_argument(
         "--lengths", default=lengths, help=f"tokens, comma-separated (default: {lengths})"
     )
     parser.add_argument(
         "--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ..."
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of weights (default: bfloat16 on CUDA, else float32)"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
+
+
+def fill_in(args: argparse.Namespace, device: torch.device) -> None:
+    """--batch-size and --dtype where they were not given."""
+    if args.batch_size is None:
+        args.batch_size = 1
+    if args.dtype is None:
+        args.dtype = "bfloat16" if device.type == "cuda" else "float32"
 
 
 def parse_choices(option: str, text: str, known: tuple[str, ...]) -> list[str]:

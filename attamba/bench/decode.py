@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print a table, and write --json. Returns the exit status."""
     lengths = common.parse_lengths(args.lengths)
     device = common.set_up(args.device, args.threads)
+    common.fill_in(args, device)
     record: dict[str, Any] = {
         "benchmark": "decode",
         "settings": {

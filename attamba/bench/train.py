@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
         from attamba.bench import train_gpu
 
         return _finish(train_gpu.run(args, lengths, device), train_gpu.tables, args)
+    common.fill_in(args, device)
     record: dict[str, Any] = {
         "benchmark": "train",
         "settings": {

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from attamba.bench import common
 from attamba.bench.library import BACKENDS
-from attamba.config import ModelConfig, OptimConfig
+from attamba.config import ConfigError, ModelConfig, OptimConfig
 from attamba.display import format_bytes
 from attamba.models import build_model
 from attamba.models.accounting import flops_per_token, n_parameters
@@ -36,6 +36,12 @@ CONTENDERS = ("cyclic", "head_cyclic", "shared_heads", "transformer")
 
 def run(args: argparse.Namespace, lengths: list[int], device: torch.device) -> dict[str, Any]:
     """Measure at every length; returns the record."""
+    for option in ("batch_size", "dtype"):
+        if getattr(args, option) is not None:
+            raise ConfigError(
+                f"--{option.replace('_', '-')}={getattr(args, option)}: on CUDA a training step "
+                f"has {TOKENS} tokens in bfloat16 autocast; leave it out"
+            )
     record: dict[str, Any] = {
         "benchmark": "train_gpu",
         "settings": {

@@ -11,8 +11,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
-from attamba.bench import common, decode, report, train
+from attamba.bench import common, decode, report, train, train_gpu
 from attamba.config import ConfigError
 from attamba.display import format_bytes
 from attamba.models.accounting import attention_entries, cache_bytes
@@ -51,6 +52,24 @@ def test_decode_counts_bytes_as_accounting_does(
     assert record["settings"]["dtype"] == "float32"
     assert {"torch", "device", "threads", "date", "command"} <= record["environment"].keys()
     assert "times smaller" in capsys.readouterr().out
+
+
+def test_what_was_not_given_goes_by_the_device() -> None:
+    parser = argparse.ArgumentParser()
+    decode.add_arguments(parser)
+    given, left_out = parser.parse_args(["--dtype", "float32"]), parser.parse_args([])
+    for args in (given, left_out):
+        common.fill_in(args, torch.device("cuda"))
+        assert args.batch_size == 1
+    assert (given.dtype, left_out.dtype) == ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize("option", ["--dtype=float32", "--batch-size=8"])
+def test_a_step_on_a_gpu_takes_no_option_that_it_would_ignore(option: str) -> None:
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    with pytest.raises(ConfigError, match=f"{option}: on CUDA a training step has 65536 tokens"):
+        train_gpu.run(parser.parse_args([option]), [1024], torch.device("cuda"))
 
 
 def test_decode_in_bfloat16_halves_the_keys_and_values(tmp_path: Path) -> None:
