@@ -101,7 +101,6 @@ def test_torchrun_understands_both_commands() -> None:
         (["--gpus", "4", "--mem", "lots"], "--mem=lots is no size"),
         (["--gpus", "4", "--local", "--nodes", "2"], "--nodes=2 with --local"),
         (["--gpus", "4", "--local", "--qos", "x"], "--qos is for SLURM and has no effect"),
-        (["--gpus", "4", "--local", "--restarts", "1"], "--restarts is for SLURM"),
         (["--gpus", "4", "--restarts", "-1"], "--restarts=-1 must be at least 0"),
         (["--gpus", "4", "mixer.boundary=cyclik"], "boundary='cyclik' is not a policy"),
         (["--gpus", "4", "data.train="], "data.train is not set"),
@@ -127,6 +126,58 @@ def test_no_submitit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert cli.main([*RUN, "--gpus", "4", "--dry-run", "--local"]) == 0
 
 
+ENDS = """
+import os, pathlib, signal, sys
+starts = pathlib.Path("starts")
+starts.write_text((starts.read_text() if starts.exists() else "") + "x")
+ends = [int(word) for word in sys.argv[1].split(",")]
+end = ends[min(len(starts.read_text()), len(ends)) - 1]
+if end < 0:
+    os.kill(os.getpid(), -end)
+sys.exit(end)
+"""
+STARTS_AGAIN = """
+import sys
+from attamba.launch import job
+job.torchrun = lambda gpus, train: [sys.executable, *train]
+sys.exit(job.run_here(1, sys.argv[1:], restarts=2))
+"""
+
+
+def _here(folder: Path, script: str, *words: str) -> subprocess.Popen[str]:
+    """run_here with two restarts, of a script that stands for torchrun."""
+    (folder / "stand_in.py").write_text(script)
+    command = [sys.executable, "-c", STARTS_AGAIN, "stand_in.py", *words]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("ends", "starts", "status"),
+    [("1,0", 2, 0), ("76,1,0", 3, 0), ("1", 3, 1), ("-9", 3, 137), ("2", 1, 2), ("1,75", 2, 75)],
+)
+def test_restarts_on_this_machine(ends: str, starts: int, status: int, tmp_path: Path) -> None:
+    here = _here(tmp_path, ENDS, ends)
+    _, told = here.communicate(timeout=60)
+    assert here.returncode == status
+    assert len((tmp_path / "starts").read_text()) == starts
+    assert told.count("training left with") == starts - 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("status", [75, 1])
+def test_what_is_told_to_stop_is_not_restarted(
+    number: signal.Signals, status: int, tmp_path: Path
+) -> None:
+    """Also where it fails while it stops."""
+    here = _here(tmp_path, SAVES.replace("sys.exit(75)", f"sys.exit({status})"))
+    _wait(lambda: (tmp_path / "ready-0").exists())
+    here.send_signal(number)
+    here.communicate(timeout=60)
+    assert here.returncode == status
+    assert (tmp_path / "saved-0").read_text() == number.name
+
+
 def _agent(folder: Path, module: str, ranks: int = 2) -> subprocess.Popen[str]:
     """torchrun on a module of two lines or so, which every rank runs."""
     (folder / "ranks.py").write_text(module)
@@ -150,11 +201,11 @@ SAVES = """
 import os, signal, sys, time
 def save(number, frame):
     time.sleep(0.5)
-    open(f"saved-{os.environ['RANK']}", "w").write(signal.Signals(number).name)
+    open(f"saved-{os.environ.get('RANK', 0)}", "w").write(signal.Signals(number).name)
     sys.exit(75)
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, save)
-open(f"ready-{os.environ['RANK']}", "w").close()
+open(f"ready-{os.environ.get('RANK', 0)}", "w").close()
 time.sleep(100)
 """
 

@@ -41,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be run, and run nothing"
     )
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        metavar="N",
+        default=0,
+        help="go on from the last checkpoint after a failure, N times (default: 0)",
+    )
     slurm = parser.add_argument_group("for SLURM, as sbatch takes them")
     slurm.add_argument("--time", metavar="LIMIT", help="minutes, HH:MM:SS or D-HH:MM:SS")
     slurm.add_argument("--partition")
@@ -56,12 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="before the time limit, in which ranks save (default: 300)",
     )
     slurm.add_argument(
-        "--restarts",
-        type=int,
-        metavar="N",
-        help="put a job that failed into the queue again, N times (default: 0)",
-    )
-    slurm.add_argument(
         "--setup",
         action="append",
         default=[],
@@ -71,7 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 OF_REQUEST = ("time", "partition", "account", "qos", "constraint", "cpus", "mem", "grace", "setup")
-SLURM_ONLY = (*OF_REQUEST, "restarts")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,9 +87,7 @@ def run(args: argparse.Namespace) -> int:
         from attamba.launch.job import run_here, torchrun
 
         print(shlex.join(torchrun(args.gpus, train)), flush=True)
-        if not args.dry_run:
-            run_here(args.gpus, train)
-        return 0
+        return 0 if args.dry_run else run_here(args.gpus, train, args.restarts)
     _need("submitit", "slurm")
     request = _request(args, config, train)
     if args.dry_run:
@@ -110,7 +108,7 @@ def _request(args: argparse.Namespace, config: RunConfig, train: list[str]) -> R
 
     given = {name: getattr(args, name) for name in OF_REQUEST if getattr(args, name) is not None}
     folder = (args.folder or Path(config.out) / "slurm").absolute()
-    job = Job(args.nodes, args.gpus, train, args.restarts or 0, folder)
+    job = Job(args.nodes, args.gpus, train, args.restarts, folder)
     return Request(job, folder, f"attamba-{Path(config.out).name}", **given)
 
 
@@ -120,7 +118,7 @@ def _check(args: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise ConfigError(f"--{name}={value} must be at least {least}")
     if args.local:
-        for name in SLURM_ONLY:
+        for name in OF_REQUEST:
             if getattr(args, name):
                 raise ConfigError(f"--{name} is for SLURM and has no effect with --local")
         if args.nodes != 1:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attamba.exit_status import MISTAKE, REQUEUE
+from attamba.exit_status import INTERRUPTED, MISTAKE, REQUEUE
 
 FIRST_PORT, PORTS = 20_000, 10_000
 """Where the machines of a job meet: a port of the first one, by the job's number."""
@@ -162,7 +162,30 @@ class Request:
         return executor.submit(self.job).job_id
 
 
-def run_here(gpus: int, train: Sequence[str]) -> None:
-    """Become torchrun on this machine; does not return."""
+def run_here(gpus: int, train: Sequence[str], restarts: int = 0) -> int:
+    """Train on this machine; after a failure again, at most `restarts` times. Returns the exit
+    status, or becomes torchrun where there are no restarts.
+
+    Each start goes on from the last checkpoint. SIGTERM and SIGUSR1 go on to torchrun; after one,
+    and where training says that it would fail again or asks to be requeued, there is no other.
+    """
     command = torchrun(gpus, train)
-    os.execv(command[0], command)
+    if restarts == 0:
+        os.execv(command[0], command)
+    running: list[subprocess.Popen[bytes]] = []
+    told: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        told.append(number)
+        if number != signal.SIGINT:  # which a terminal sends to all of them
+            running[-1].send_signal(number)
+
+    while True:
+        running.append(subprocess.Popen(command))
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, pass_on)
+        status = running[-1].wait()
+        begun = len(running) - 1
+        if told or status in (0, MISTAKE, REQUEUE, INTERRUPTED) or begun == restarts:
+            return status if status >= 0 else 128 - status
+        print(f"training left with {status}: restart {begun + 1} of {restarts}", file=sys.stderr)

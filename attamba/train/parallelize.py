@@ -1,6 +1,7 @@
 """A model made ready to train: float8, activations computed anew, compiled, sharded over ranks.
 
-The model's own code knows nothing of it, and names of parameters and types of modules stay as they
+The model's own code knows of none of these, but that rows and heads may be shared by ranks (see
+attamba.ops.row_ranks and Attamba.own_heads). Names of parameters and types of modules stay as they
 are (but of linear maps in float8): a module's forward is replaced on the instance.
 """
 
