@@ -173,19 +173,23 @@ def run_here(gpus: int, train: Sequence[str], restarts: int = 0) -> int:
     if restarts == 0:
         os.execv(command[0], command)
     running: list[subprocess.Popen[bytes]] = []
-    told: list[int] = []
+    told: set[int] = set()
 
     def pass_on(number: int, frame: object) -> None:
-        told.append(number)
-        if number != signal.SIGINT:  # which a terminal sends to all of them
+        told.add(number)
+        if running and number != signal.SIGINT:  # which a terminal sends to all of them
             running[-1].send_signal(number)
 
-    while True:
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, pass_on)
+    while not told:
         running.append(subprocess.Popen(command))
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, pass_on)
-        status = running[-1].wait()
-        begun = len(running) - 1
+        if told:  # between the two, so that it was not passed on
+            running[-1].terminate()
+        status, begun = running[-1].wait(), len(running) - 1
+        if status < 0:  # a signal ended it, perhaps before it had come to heed one
+            status = REQUEUE if told - {signal.SIGINT} else 128 - status
         if told or status in (0, MISTAKE, REQUEUE, INTERRUPTED) or begun == restarts:
-            return status if status >= 0 else 128 - status
+            return status
         print(f"training left with {status}: restart {begun + 1} of {restarts}", file=sys.stderr)
+    return INTERRUPTED if signal.SIGINT in told else REQUEUE

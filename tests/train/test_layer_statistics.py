@@ -206,9 +206,7 @@ def assert_same_figures(found, expected):
             assert found[name][module] == want, (name, module)
 
 
-@pytest.mark.parametrize(
-    "mesh", [{"tensor": 2}, {"context": 2}, {"context": 4}, {"tensor": 2, "context": 2}], ids=str
-)
+@pytest.mark.parametrize("mesh", [{"context": 4}, {"tensor": 2, "context": 2}], ids=str)
 def test_where_ranks_share_layers_or_rows_they_are_those_of_one(make_config, documents, mesh):
     """Rows are of several documents; windows, chunks and attention reach over ranks."""
     several = {f"parallel.{key}": value for key, value in mesh.items()}
