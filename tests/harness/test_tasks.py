@@ -339,7 +339,6 @@ def test_the_harness_s_command_line(folder, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("{folder}/none", "none is not a folder; give a run folder"),
         ("{folder},mixer.chunk_sise=2", "unknown key 'model.mixer.chunk_sise'; did you mean"),
         ("{folder} --batch_size=auto", "batch_size=auto must be a whole number of at least 1"),
     ],
