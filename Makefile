@@ -5,6 +5,9 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
 
+# Tests start many processes: each would compile all that it imports, where this is set.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test check docs format lock clean
 
 demo: $(READY)          ## train Attamba and a transformer on Python's own source, compare, report
@@ -27,7 +30,8 @@ format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Without --no-compile pip compiles every module of every package, which takes longer than the rest.
+# pip would compile every module of every package, which takes longer than the rest. Python keeps
+# what it compiles of those that are used.
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
