@@ -33,7 +33,8 @@ class Launch(NamedTuple):
 TILE = 16
 """Tokens of a tile; a chunk must fit one. Longer ones are faster where states pass, see scan."""
 
-FORWARD, BACKWARD = Launch(1, 168, 64, 3, 2), Launch(1, 255, 16, 3, 4)
+FORWARD = Launch(warps=1, registers=168, programs=64, stages=3, arrays=2)
+BACKWARD = Launch(warps=1, registers=255, programs=16, stages=3, arrays=4)
 """Not every number of warps is right: compiled by Triton 3.6 for compute capability 9.0, two give
 wrong gradients, in every dtype. One and four agree to the bit in 16 bits. Run the GPU tests after a
 change."""
