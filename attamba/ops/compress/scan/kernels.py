@@ -10,7 +10,7 @@ where cum is the running sum of A dt since the tile began; the state that enters
 its tokens before the first start, those since the last start make the state that leaves.
 
     shared_inputs     what heads share, once: convolved B and C, dt and cum, where chunks begin
-    segment_states    the state that each segment's own tokens leave, where a row has several
+    segment_states    the state that a segment's own tokens leave, where a row has several
     segment_outputs   outputs of a head, not yet normed, and the sums of their squares
     normalise         the norm over the heads of a compressor
 
@@ -173,10 +173,12 @@ def segment_states(
     Q: tl.constexpr, NP: tl.constexpr, WP: tl.constexpr, PRECISION: tl.constexpr,
     PTX: tl.constexpr,
 ):  # fmt: skip
-    """Grid: 2S x m x B. Of each segment: the state that its own tokens leave, float32
-    [B, m, 2S, N, W], and the factor on an older one, float32 [B, m, 2S]. span: tiles of a segment.
+    """Grid: 2S x (m - 1) x B. Of each segment but the last: the state that its own tokens leave,
+    float32 [B, m, 2S, N, W], and the factor on an older one, float32 [B, m, 2S]. span: tiles of a
+    segment.
     """
     head, segment, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    segments = tl.num_programs(1) + 1
     row, n, w = tl.arange(0, Q), tl.arange(0, NP), tl.arange(0, WP)
     DTYPE: tl.constexpr = proj.dtype.element_ty
     column = head.to(tl.int64) * (tl.num_programs(2) * tiles * Q)
@@ -201,9 +203,9 @@ def segment_states(
         h *= through
         h = tl.dot(tl.trans(write), value.to(DTYPE), h, input_precision=PRECISION)
         factor *= through
-    at, exists = state_at(own, batch, segment, tl.num_programs(1), head, 2 * S, N, W, NP, WP)
+    at, exists = state_at(own, batch, segment, segments, head, 2 * S, N, W, NP, WP)
     tl.store(at, h, mask=exists)
-    one = (batch * tl.num_programs(1) + segment) * (2 * S) + head
+    one = (batch * segments + segment) * (2 * S) + head
     tl.store(decays + one, factor)
 
 

@@ -34,9 +34,9 @@ class Launch(NamedTuple):
 TILE = 64
 """Tokens of a tile; a state is kept for each."""
 
-PROGRAMS, SHORTEST = 8, 2
-"""Rows are cut into segments until there are about so many programs for each multiprocessor; and
-the tiles of a segment, of which fewer are not worth the second reading."""
+PROGRAMS, SHORTEST = 4, 2
+"""Rows are cut into segments until there are about so many programs for each multiprocessor, which
+costs a second reading of all segments but one; and the fewest tiles of a segment."""
 
 LARGEST_SIDE = 64
 """N and W of a head's state, which a program holds, may be so much."""
@@ -322,9 +322,9 @@ class _Call:
         """The states that enter the segments, float32 [B, m, 2S, N, W]; none, [0], of one."""
         if self.heads_grid[1] == 1:
             return self.dt.new_empty(0)
-        own, decays = self._own_states()
+        own, decays, grid = self._own_states()
         self.run(
-            kernels.segment_states, self.heads_grid,
+            kernels.segment_states, grid,
             self.proj, self.conv_weight, *self.shared, own, decays,
             *self.sizes, self.proj.stride(1), **self.constants,
         )  # fmt: skip
@@ -337,20 +337,25 @@ class _Call:
         """
         if self.heads_grid[1] == 1:
             return self.dt.new_empty(0)
-        own, decays = self._own_states()
+        own, decays, grid = self._own_states()
         shared, _, *rest = self.shared
         constants = {name: value for name, value in self.constants.items() if name != "TAPS"}
         self.run(
-            backward.segment_gradients, self.heads_grid,
+            backward.segment_gradients, grid,
             self.proj, shared, *rest, *norm, own, decays,
             *self.sizes, self.proj.stride(1), **constants,
         )  # fmt: skip
         return self._pass(own, decays, backwards=True)
 
-    def _own_states(self) -> tuple[Tensor, Tensor]:
+    def _own_states(self) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
+        """Room for each segment's own state and decay, and the grid of all segments but one.
+
+        What the last one taken leaves is nobody's concern: it is neither computed nor used.
+        """
         heads, segments, batch = self.heads_grid
         decays = self.dt.new_empty(batch, segments, heads)
-        return decays.new_empty(*decays.shape, self.state_dim, self.inner // self.heads), decays
+        own = decays.new_empty(*decays.shape, self.state_dim, self.inner // self.heads)
+        return own, decays, (heads, segments - 1, batch)
 
     def _pass(self, own: Tensor, decays: Tensor, backwards: bool) -> Tensor:
         heads, segments, batch = self.heads_grid

@@ -84,10 +84,12 @@ def segment_gradients(
     Q: tl.constexpr, NP: tl.constexpr, WP: tl.constexpr, PRECISION: tl.constexpr,
     PTX: tl.constexpr,
 ):  # fmt: skip
-    """Grid: 2S x m x B. Of each segment: what its outputs give to the gradient of the state that
-    enters it, float32 [B, m, 2S, N, W], and its factor on a later one, float32 [B, m, 2S].
+    """Grid: 2S x (m - 1) x B. Of each segment but the first: what its outputs give to the gradient
+    of the state that enters it, float32 [B, m, 2S, N, W], and its factor on a later one, float32
+    [B, m, 2S].
     """
-    head, segment, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, segment, batch = tl.program_id(0), tl.program_id(1) + 1, tl.program_id(2)
+    segments = tl.num_programs(1) + 1
     kv = head // S
     y, dy = one_of(kv, y_k, y_v), one_of(kv, dy_k, dy_v)
     row, n, w = tl.arange(0, Q), tl.arange(0, NP), tl.arange(0, WP)
@@ -117,9 +119,9 @@ def segment_gradients(
         dh *= through
         dh = tl.dot(tl.trans(read), grad.to(DTYPE), dh, input_precision=PRECISION)
         factor *= through
-    at, exists = state_at(own, batch, segment, tl.num_programs(1), head, 2 * S, N, W, NP, WP)
+    at, exists = state_at(own, batch, segment, segments, head, 2 * S, N, W, NP, WP)
     tl.store(at, dh, mask=exists)
-    one = (batch * tl.num_programs(1) + segment) * (2 * S) + head
+    one = (batch * segments + segment) * (2 * S) + head
     tl.store(decays + one, factor)
 
 
