@@ -47,18 +47,18 @@ LAUNCHES = {
     "segment_outputs": Launch(4, 128),
     "normalise": Launch(4),
     "gradient_along": Launch(4),
-    "segment_gradients": Launch(4, 96),
+    "segment_gradients": Launch(4, 128, 3),
     "scan_gradients": Launch(4),
     "step_gradients": Launch(4),
     "sum_heads": Launch(4, 128),
-    "conv_gradients": Launch(4, 168),
+    "conv_gradients": Launch(2, 168, 2),
 }
 """By kernel, for states of up to FOUR_WARPS numbers; see segment_warps for larger ones."""
 
 SHARED_COLUMNS = 64
 """Columns of B and C that a program takes at once."""
 
-COLUMNS, ROWS, SPAN = 128, 16, 256
+COLUMNS, ROWS, SPAN = 64, 16, 256
 """What a program takes of the convolution's gradient: columns, and tokens, at once and in all."""
 
 
@@ -396,5 +396,6 @@ class _Call:
             self.seq, SPAN, visible.shape[1], self.proj.stride(1), dproj.stride(1),
             E=self.inner, N=self.state_dim, TAPS=self.taps,
             TP=triton.next_power_of_2(self.taps), R=ROWS, BLOCK=COLUMNS,
+            STAGES=LAUNCHES["conv_gradients"].stages,
         )  # fmt: skip
         return dweight.sum((0, 1)).t().contiguous()

@@ -316,7 +316,7 @@ def conv_gradients(
     proj, conv_weight, visible, dconv, dproj, dweight,
     seq, span, steps, stride, dstride,
     E: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, TP: tl.constexpr,
-    R: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """From the convolution's output to its inputs: columns x, B and C of dproj.
 
@@ -336,7 +336,7 @@ def conv_gradients(
     sums = tl.zeros([R, TP, BLOCK], tl.float32)
     begin = tl.program_id(1) * span
     visible += batch.to(tl.int64) * steps
-    for first in range(begin, tl.minimum(begin + span, seq), R):
+    for first in tl.range(begin, tl.minimum(begin + span, seq), R, num_stages=STAGES):
         token = first + row
         here = batch.to(tl.int64) * seq + first
         exists = (token < seq)[:, None] & c_ok[None, :]
