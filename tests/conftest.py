@@ -4,15 +4,50 @@ Without a GPU, Triton kernels run in Triton's interpreter, which must be chosen 
 imported.
 """
 
+import importlib.util
 import os
 import signal
+from typing import Any
 
 import pytest
 import torch
 
+
+def _patch_language_once() -> None:
+    """The interpreter patches triton.language for a kernel, and for each function that the kernel
+    calls, whenever it calls it: a third of the time. Here, once in a kernel for each module.
+    """
+    from triton.runtime import interpreter
+
+    call, patch = interpreter.InterpretedFunction.__call__, interpreter._patch_lang
+    patched: set[int] = set()
+
+    def begin(kernel: Any) -> Any:
+        patched.clear()
+        patched.add(id(kernel.__globals__))
+        return patch(kernel)
+
+    def within(function: Any) -> None:
+        if id(function.__globals__) not in patched:
+            patched.add(id(function.__globals__))
+            patch(function)
+
+    def call_within(self: Any, *args: Any, **kwargs: Any) -> Any:
+        interpreter._patch_lang = within
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            interpreter._patch_lang = begin
+
+    interpreter.InterpretedFunction.__call__ = call_within
+    interpreter._patch_lang = begin
+
+
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is not None:
+        _patch_language_once()
 
 # A shell starts background jobs with Ctrl-C ignored, and children inherit that: tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
