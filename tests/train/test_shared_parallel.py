@@ -248,7 +248,13 @@ def test_what_divides_can_be_shared(make_shared):
 def compiled_gradients(configs: list[RunConfig]) -> list[dict[str, Tensor]]:
     """By the compiler's front end alone, which is what parts of parameters must get through."""
     torch.compile = partial(torch.compile, backend="eager")
-    return in_meshes(configs, gradients)
+    return in_meshes(configs, gradients_anew)
+
+
+def gradients_anew(config: RunConfig, ranks: Ranks) -> dict[str, Tensor]:
+    """With nothing compiled before, as in a run of its own: else sizes would become symbols."""
+    torch._dynamo.reset()
+    return gradients(config, ranks)
 
 
 def test_layers_can_be_compiled_in_every_mesh(make_shared):
