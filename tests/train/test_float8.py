@@ -6,6 +6,7 @@ The CPU has the float8 products of torchao's recipes too, slowly.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ RECIPES = ["tensorwise", "rowwise"]
 ATTAMBA = {"type": "attamba", "n_heads": 2, "chunk_size": 4, "leading_tokens": 5, "state_dim": 8}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def torchao() -> None:
     pytest.importorskip("torchao.float8")
 
@@ -188,11 +189,20 @@ def losses(config: RunConfig) -> dict[int, float]:
     return {r["step"]: r.get("loss", r.get("valid_loss")) for r in records if r["kind"] == "train"}
 
 
+FOLLOWED = {"train.steps": 24, "train.dtype": "bfloat16", "train.eval_every": 0}
+FOLLOWED |= {"data.seq_len": 32}
+
+
+@pytest.fixture(scope="module")
+def followed(config_in, tmp_path_factory) -> dict[int, float]:
+    """Losses in bfloat16."""
+    return losses(config_in(tmp_path_factory.mktemp("followed"), FOLLOWED))
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_training_follows_bfloat16(on_any_device, make_config, recipe):
-    change = {"train.steps": 24, "train.dtype": "bfloat16", "train.eval_every": 0}
-    want = losses(make_config(change, out="bfloat16"))
-    config = make_config({**change, "train.float8": recipe}, out=recipe)
+def test_training_follows_bfloat16(on_any_device, make_config, followed, recipe):
+    want = followed
+    config = make_config({**FOLLOWED, "train.float8": recipe}, out=recipe)
     got = losses(config)
     assert got != want and got[24] < 0.8 * got[1]
     for step, loss in want.items():
@@ -251,8 +261,8 @@ def test_what_cannot_be_asked_for(torchao, make_config):
 def gradients_of_all(configs: list[RunConfig]) -> list[dict[str, Tensor]]:
     """Of each run, loss and gradients of one batch, whole; and how many products were in float8."""
     found = []
-    draw = np.random.default_rng(3)
     for config in configs:
+        draw = np.random.default_rng(3)
         inputs = draw.integers(0, 8, (config.data.batch_size, config.data.seq_len))
         targets = inputs * 5 % 8  # what can be learnt has gradients that stand out of the rounding
         batch = Batch(inputs, targets, np.zeros_like(inputs))
@@ -280,21 +290,39 @@ MESHES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def meshed(torchao, config_in, tmp_path_factory) -> Callable[[str], Any]:
+    """meshed(recipe): gradients of one process in float8, in float32, and of each rank in MESHES.
+
+    The same ranks work on both recipes: they begin once.
+    """
+    folder = tmp_path_factory.mktemp("meshed")
+    base = {"train.dtype": "bfloat16", "data.seq_len": 24}
+    base |= {"data.batch_size": 16, "model.n_layers": 2, "optim.grad_clip": 0.0}
+    same = [{**base, "train.float8": recipe} for recipe in RECIPES]
+    configs = [config_in(folder, {**change, **mesh}) for change in same for mesh in MESHES]
+    several = on_ranks(2, gradients_of_all, configs, timeout=240)
+    alone = gradients_of_all([config_in(folder, change) for change in same])
+    (exact,) = gradients_of_all([config_in(folder, {**base, "train.dtype": "float32"})])
+
+    def of(recipe: str) -> tuple[Any, Any, list[Any]]:
+        i, n = RECIPES.index(recipe), len(MESHES)
+        return alone[i], exact, [rank[i * n : (i + 1) * n] for rank in several]
+
+    return of
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_mesh(torchao, make_config, recipe):
+def test_every_mesh(torchao, meshed, recipe):
     """Ranks scale their own parts, so gradients agree to the rounding of float8, not of sums."""
-    same = {"train.float8": recipe, "train.dtype": "bfloat16", "data.seq_len": 24}
-    same |= {"data.batch_size": 16, "model.n_layers": 2, "optim.grad_clip": 0.0}
-    configs = [make_config({**same, **mesh}) for mesh in MESHES]
-    several = on_ranks(2, gradients_of_all, configs, timeout=120)
-    alone = [make_config(same)] * len(MESHES)
-    exact = [make_config({**same, "train.float8": "none", "train.dtype": "float32"})] * len(MESHES)
-    for mesh, one, plain, *ranks in zip(
-        MESHES, gradients_of_all(alone), gradients_of_all(exact), *several
-    ):
-        assert plain.pop("n") == 0
-        for found in (one, *ranks):
+    one, plain, several = meshed(recipe)
+    one, plain = dict(one), dict(plain)
+    assert plain.pop("n") == 0
+    assert one.pop("n") > 0
+    for mesh, *ranks in zip(MESHES, *several):
+        for found in ranks:
             assert found.pop("n") > 0
+        for found in (one, *ranks):
             assert found.keys() == plain.keys()
             assert found["loss"] == pytest.approx(float(plain["loss"]), rel=0.02)
             assert all(torch.equal(found[key], ranks[0][key]) for key in plain if found is not one)
