@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 
 import pytest
 
@@ -38,12 +39,12 @@ def texts(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def make_study(tmp_path):
-    """make_study(name="little", **changes): RECIPE with keys replaced, read from a file."""
+@pytest.fixture(scope="session")
+def study_in():
+    """study_in(folder, name="little", **changes): RECIPE with keys replaced, read from a file."""
 
-    def make(name="little", **changes):
-        path = tmp_path / "recipes" / f"{name}.json"
+    def make(folder, name="little", **changes):
+        path = folder / "recipes" / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({**RECIPE, **changes}), encoding="utf-8")
         return load_study(path)
@@ -52,5 +53,17 @@ def make_study(tmp_path):
 
 
 @pytest.fixture
-def place(texts, tmp_path):
-    return Place(data=texts, out=tmp_path / "runs", results=tmp_path / "results")
+def make_study(study_in, tmp_path):
+    """make_study(name="little", **changes): study_in for tmp_path."""
+    return partial(study_in, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def place_in(texts):
+    """place_in(folder): where its runs and results go."""
+    return lambda folder: Place(data=texts, out=folder / "runs", results=folder / "results")
+
+
+@pytest.fixture
+def place(place_in, tmp_path):
+    return place_in(tmp_path)

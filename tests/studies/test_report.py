@@ -51,25 +51,36 @@ def _rows(page: str, title: str) -> dict[str, list[str]]:
     return _tables(page, title)[0]
 
 
+THREE = {
+    "variants": {
+        "chunks": {"mixer.chunk_size": 4},
+        "late": {},
+        "transformer": {"mixer": {"type": "transformer"}},
+    },
+    "scores": SCORES,
+    "paper": {"chunks": "p", "transformer": "q"},
+    "report": ["paper", "main"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder_of_done(study_in, place_in, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("done")
+    study = study_in(folder, **THREE)
+    runs = [r for r in study.runs("full") if r.name in ("chunks-s0", "chunks-s1", "transformer-s0")]
+    outcomes = run_all(runs, place_in(folder), say=lambda text: None)
+    assert {o.status for o in outcomes} == {"done"}
+    return folder
+
+
 @pytest.fixture
-def done(make_study, place, tmp_path):
+def done(folder_of_done, make_study, tmp_path):
     """A study of three variants; two of them have been run, one of these with two seeds."""
-    study = make_study(
-        variants={
-            "chunks": {"mixer.chunk_size": 4},
-            "late": {},
-            "transformer": {"mixer": {"type": "transformer"}},
-        },
-        scores=SCORES,
-        paper={"chunks": "p", "transformer": "q"},
-        report=["paper", "main"],
-    )
+    shutil.copytree(folder_of_done, tmp_path, dirs_exist_ok=True)
     paper = tmp_path / "recipes" / "paper"
     paper.mkdir()
     (paper / "numbers.json").write_text(json.dumps(NUMBERS))
-    runs = [r for r in study.runs("full") if r.name in ("chunks-s0", "chunks-s1", "transformer-s0")]
-    assert {o.status for o in run_all(runs, place, say=lambda text: None)} == {"done"}
-    return study
+    return make_study(**THREE)
 
 
 def test_a_report_holds_the_results_numbers(done, place, tmp_path):

@@ -47,15 +47,22 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(make_config):
     assert_same_records(records[0], straight)
 
 
-def test_on_the_same_ranks_the_rest_is_the_same_to_the_bit(make_config):
-    straight = on_ranks(2, train_until, make_config(out="straight"))
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, config_in):
+    """The configuration of a run of two ranks that nobody stops, and what each rank returned."""
+    config = config_in(tmp_path_factory.mktemp("straight"))
+    return config, on_ranks(2, train_until, config)
+
+
+def test_on_the_same_ranks_the_rest_is_the_same_to_the_bit(make_config, straight):
+    of_straight, records = straight
     config = make_config({"train.keep": 2, "train.save_every": 2})
     on_ranks(2, train_until, config, 7)
     assert [c.name for c in list_checkpoints(config.out)] == ["step-00000006", "step-00000007"]
-    assert on_ranks(2, train_until, config) == straight
+    assert on_ranks(2, train_until, config) == records
     names = sorted(path.name for path in (Path(config.out) / "checkpoints").iterdir())
     assert names == ["step-00000010", "step-00000012"]
-    a, b = (load(out)[0] for out in (config.out, make_config(out="straight").out))
+    a, b = (load(out)[0] for out in (config.out, of_straight.out))
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
 
 
@@ -123,17 +130,15 @@ def damage(checkpoint: Path, how: Callable[[Path], None]) -> None:
 
 
 @pytest.mark.parametrize(("how", "text"), [(flip, "was altered"), (truncate, "is truncated: ")])
-def test_of_a_damaged_checkpoint_the_one_before_is_used(make_config, how, text):
-    change = {"train.save_every": 4}
-    straight = on_ranks(2, train_until, make_config(change, out="straight"))
-    config = make_config(change)
+def test_of_a_damaged_checkpoint_the_one_before_is_used(make_config, straight, how, text):
+    config = make_config()
     on_ranks(2, train_until, config, 9)
     older, newest = list_checkpoints(config.out)
     assert older.name == "step-00000008"
     damage(newest, how)
     with pytest.raises(CheckpointError, match=rf"shard-00002.* {text}"):
         load(newest)
-    assert on_ranks(2, train_until, config) == straight
+    assert on_ranks(2, train_until, config) == straight[1]
     names = [path.name for path in newest.parent.iterdir()]
     assert "damaged-step-00000009" in names and newest.name not in names
     for checkpoint in list_checkpoints(config.out):
@@ -172,15 +177,16 @@ def full_disk_of_the_system(config: RunConfig) -> str:
     ("fails", "reason"),
     [(full_disk, "No space left"), (full_disk_of_the_system, "File too large")],
 )
-def test_a_full_disk_on_one_rank_is_told_on_all_and_leaves_what_was(make_config, fails, reason):
+def test_a_full_disk_on_one_rank_is_told_on_all_and_leaves_what_was(
+    make_config, straight, fails, reason
+):
     config = make_config()
     for text in on_ranks(2, fails, config):
         assert "cannot save" in text and "step-00000008" in text and reason in text
         assert "step-00000004 is whole, and the same command goes on from it" in text
     names = [path.name for path in (Path(config.out) / "checkpoints").iterdir()]
     assert names == ["step-00000004"]
-    straight = on_ranks(2, train_until, make_config(out="straight"))
-    assert on_ranks(2, train_until, config) == straight
+    assert on_ranks(2, train_until, config) == straight[1]
 
 
 def unreadable(config: RunConfig) -> str:

@@ -57,6 +57,14 @@ def told_to_leave(config: RunConfig, number: int) -> tuple[str, int, str]:
     return type(caught.value).__name__, caught.value.exit_status, str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def straight(config_in, tmp_path_factory) -> list[tuple]:
+    """The curve of a run of two ranks that nobody stops."""
+    config = config_in(tmp_path_factory.mktemp("straight"))
+    on_ranks(2, train, config)
+    return curve(config.out)
+
+
 @pytest.mark.parametrize(
     ("number", "name", "status"),
     [
@@ -65,16 +73,14 @@ def told_to_leave(config: RunConfig, number: int) -> tuple[str, int, str]:
         (signal.SIGUSR1, "TrainingPreempted", exit_status.REQUEUE),
     ],
 )
-def test_a_signal_to_one_rank_saves_and_ends_all(make_config, number, name, status):
+def test_a_signal_to_one_rank_saves_and_ends_all(make_config, straight, number, name, status):
     config = make_config()
     for told in on_ranks(2, told_to_leave, config, number):
         assert told[:2] == (name, status)
         assert "Stopped after step 6 of 12 and saved a checkpoint" in told[2]
     assert list_checkpoints(config.out)[-1].name == "step-00000006"
-    straight = make_config(out="straight")
-    for run in (config, straight):
-        on_ranks(2, train, run)
-    assert curve(config.out) == curve(straight.out)
+    on_ranks(2, train, config)
+    assert curve(config.out) == straight
 
 
 def test_a_signal_to_a_process_alone(make_config):
