@@ -21,7 +21,7 @@ import tomllib
 import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import Registry
-from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import TaskIndex
 
 import attamba
 from attamba.cli import main
@@ -92,16 +92,21 @@ STAND_INS = {
 }
 
 
-@pytest.fixture(scope="module")
-def manager() -> TaskManager:
-    """All tasks of the harness; to find them takes seconds."""
-    return TaskManager(include_path=str(TASKS))
+@pytest.fixture(scope="module", autouse=True)
+def every_task():
+    """The harness finds its thousands of tasks once; that takes seconds."""
+    found: dict[tuple[Path, ...], dict[str, Any]] = {}
+    build = TaskIndex.build
 
+    def find(paths, **options):
+        key = (*paths,)
+        if key not in found:
+            found[key] = build(paths, **options)
+        return dict(found[key])
 
-@pytest.fixture
-def every_task(manager, monkeypatch):
-    """run_tasks finds all tasks at once."""
-    monkeypatch.setattr("attamba.harness.run.TaskManager", lambda **options: manager)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", staticmethod(find))
+        yield
 
 
 @pytest.fixture
@@ -209,7 +214,7 @@ def test_random_states_come_back(folder):
 # --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("every_task", "stand_ins")
+@pytest.mark.usefixtures("stand_ins")
 def test_the_usual_tasks_run_as_the_harness_defines_them(folder, run, tmp_path, monkeypatch):
     monkeypatch.setenv("ATTAMBA_WIKITEXT2_LOCAL", str(folder / "wiki.txt"))
     usual = ["wikitext", "lambada_openai", "hellaswag", "arc_easy", "piqa", "winogrande"]
@@ -227,7 +232,6 @@ def test_the_usual_tasks_run_as_the_harness_defines_them(folder, run, tmp_path, 
         assert found["wikitext2_local"][f"{measure},none"] == found["wikitext"][f"{measure},none"]
 
 
-@pytest.mark.usefixtures("every_task")
 def test_a_task_whose_data_cannot_be_reached(run, monkeypatch):
     def unreachable(*address: Any, **options: Any) -> None:
         raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
@@ -241,7 +245,6 @@ def test_a_task_whose_data_cannot_be_reached(run, monkeypatch):
     assert len(err.splitlines()) == 1
 
 
-@pytest.mark.usefixtures("every_task")
 def test_a_task_that_is_not_known():
     with pytest.raises(ConfigError, match="'hellaswgg' is not known to the harness; did you mean"):
         load_tasks(["hellaswgg"])
