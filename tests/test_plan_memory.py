@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attamba
-from attamba.config import RunConfig, from_dict
+from attamba.config import RunConfig
 from attamba.models.accounting import n_parameters
 from attamba.ops.chunking import make_span
 from attamba.plan import memory, traffic
@@ -268,76 +268,82 @@ from attamba.train.distributed import DIMENSIONS
 from attamba.train.optim import build_optimizer
 from attamba.train.parallelize import parallelize, reduce_on_last
 
-config = from_dict(RunConfig, json.loads(sys.argv[1]))
-sizes = config.parallel.replicate, config.parallel.shard
-dist.init_process_group("fake", rank=0, world_size=sizes[0] * sizes[1], store=FakeStore())
-mesh = init_device_mesh("cpu", (*sizes, 1, 1), mesh_dim_names=DIMENSIONS)
-model = attamba.build_model(config.model)
-forward = parallelize(model, mesh, config)
-optimizer = build_optimizer(model, config.optim)
-sent = {"gathered": 0, "reduced": 0, "summed": 0}
+def run(tree):
+    config = from_dict(RunConfig, tree)
+    sizes = config.parallel.replicate, config.parallel.shard
+    dist.init_process_group("fake", rank=0, world_size=sizes[0] * sizes[1], store=FakeStore())
+    mesh = init_device_mesh("cpu", (*sizes, 1, 1), mesh_dim_names=DIMENSIONS)
+    model = attamba.build_model(config.model)
+    forward = parallelize(model, mesh, config)
+    optimizer = build_optimizer(model, config.optim)
+    sent = {"gathered": 0, "reduced": 0, "summed": 0}
 
-class Count(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func)
-        if "allgather_base" in name:
-            sent["gathered"] += args[0].nbytes - args[1].nbytes
-        elif "reduce_scatter_base" in name:
-            sent["reduced"] += args[1].nbytes - args[0].nbytes
-        elif "allreduce_" in name:
-            sent["summed"] += args[0][0].nbytes
-        else:
-            assert "c10d" not in name, name
-        return func(*args, **(kwargs or {}))
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = str(func)
+            if "allgather_base" in name:
+                sent["gathered"] += args[0].nbytes - args[1].nbytes
+            elif "reduce_scatter_base" in name:
+                sent["reduced"] += args[1].nbytes - args[0].nbytes
+            elif "allreduce_" in name:
+                sent["summed"] += args[0][0].nbytes
+            else:
+                assert "c10d" not in name, name
+            return func(*args, **(kwargs or {}))
 
-with Count():
-    for last in (False, True):
-        reduce_on_last(model, last)
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            y = forward(torch.zeros(1, 16, dtype=torch.long))
-        y.float().logsumexp(-1).sum().backward()
-    optimizer.step()
+    with Count():
+        for last in (False, True):
+            reduce_on_last(model, last)
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                y = forward(torch.zeros(1, 16, dtype=torch.long))
+            y.float().logsumexp(-1).sum().backward()
+        optimizer.step()
+    dist.destroy_process_group()
+    moments = [t for state in optimizer.state.values() for t in state.values()]
+    return sent | {
+        "weights": held(list(model.parameters())),
+        "gradients": held([p.grad for p in model.parameters()]),
+        "optimizer state": held(moments),
+    }
 
 def held(tensors):
     local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
     storages = [t.untyped_storage() for t in local]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
-moments = [t for state in optimizer.state.values() for t in state.values()]
-print(json.dumps(sent | {
-    "weights": held(list(model.parameters())),
-    "gradients": held([p.grad for p in model.parameters()]),
-    "optimizer state": held(moments),
-}))
-dist.destroy_process_group()
+print(json.dumps([run(tree) for tree in json.loads(sys.argv[1])]))
 """
 """Rank 0 of a process group that only pretends; FSDP does the rest."""
+MESHES = [(1, 4, "bfloat16", "full"), (2, 3, "float32", "none")]
 
 
-@pytest.mark.parametrize(
-    ("replicate", "shard", "gather_dtype", "kind"),
-    [(1, 4, "bfloat16", "full"), (2, 3, "float32", "none")],
-)
-def test_fsdp_sends_and_holds_what_is_planned(replicate, shard, gather_dtype, kind):
-    tree = dataclasses.asdict(
-        run_config(
-            [NARROW, TRANSFORMER],
-            data={"seq_len": 16, "batch_size": 2 * replicate * shard},
-            train={"accumulate": 2, "dtype": "bfloat16"},
-            parallel={
-                "replicate": replicate,
-                "shard": shard,
-                "gather_dtype": gather_dtype,
-                "activation_checkpointing": kind,
-            },
-        )
+def on_mesh(replicate: int, shard: int, gather_dtype: str, kind: str) -> RunConfig:
+    return run_config(
+        [NARROW, TRANSFORMER],
+        data={"seq_len": 16, "batch_size": 2 * replicate * shard},
+        train={"accumulate": 2, "dtype": "bfloat16"},
+        parallel={
+            "replicate": replicate,
+            "shard": shard,
+            "gather_dtype": gather_dtype,
+            "activation_checkpointing": kind,
+        },
     )
-    done = subprocess.run(
-        [sys.executable, "-c", FSDP, json.dumps(tree)], capture_output=True, text=True
-    )
+
+
+@pytest.fixture(scope="module")
+def of_meshes() -> list[dict[str, float]]:
+    """What a rank of each of MESHES sends and holds, by one process."""
+    trees = json.dumps([dataclasses.asdict(on_mesh(*mesh)) for mesh in MESHES])
+    done = subprocess.run([sys.executable, "-c", FSDP, trees], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout.splitlines()[-1])
-    config = from_dict(RunConfig, tree)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("number", range(len(MESHES)))
+def test_fsdp_sends_and_holds_what_is_planned(of_meshes, number):
+    measured, config = of_meshes[number], on_mesh(*MESHES[number])
+    replicate, shard, *_ = MESHES[number]
     layout = make_layout(config)
     assert layout.ranks == replicate * shard and layout.passes == 2
     sizes = memory.parameters(config, layout)

@@ -94,13 +94,6 @@ DIVISIBLE = {
 }
 
 
-def measured(configs: list[RunConfig]) -> list[dict[str, float]]:
-    trees = json.dumps([dataclasses.asdict(config) for config in configs])
-    done = subprocess.run([sys.executable, "-c", COUNT, trees], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def runs(mixers: dict[str, Any], **mesh: int) -> dict[str, RunConfig]:
     """Each mixer in bfloat16, and as layers that are computed anew in float32."""
     configs = {}
@@ -113,9 +106,21 @@ def runs(mixers: dict[str, Any], **mesh: int) -> dict[str, RunConfig]:
     return configs
 
 
-def test_ranks_that_share_rows_send_what_is_planned():
-    configs = runs(SHARED_MIXERS, context=4)
-    for (name, config), found in zip(configs.items(), measured(list(configs.values()))):
+ROWS, LAYERS = runs(SHARED_MIXERS, context=4), runs(DIVISIBLE, tensor=4)
+
+
+@pytest.fixture(scope="module")
+def sent() -> list[dict[str, float]]:
+    """Of ROWS and of LAYERS, by one process."""
+    configs = [*ROWS.values(), *LAYERS.values()]
+    trees = json.dumps([dataclasses.asdict(config) for config in configs])
+    done = subprocess.run([sys.executable, "-c", COUNT, trees], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_ranks_that_share_rows_send_what_is_planned(sent):
+    for (name, config), found in zip(ROWS.items(), sent[: len(ROWS)]):
         layout = make_layout(config)
         planned = traffic.context_keys(config, layout) + traffic.context_states(config, layout)
         assert planned == found["context"] > 0, name
@@ -135,9 +140,8 @@ def of_small_parameters(config: RunConfig) -> float:
     return 2 * 3 / 4 * 4 * sum(whole)
 
 
-def test_ranks_that_share_layers_send_what_is_planned():
-    configs = runs(DIVISIBLE, tensor=4)
-    for (name, config), found in zip(configs.items(), measured(list(configs.values()))):
+def test_ranks_that_share_layers_send_what_is_planned(sent):
+    for (name, config), found in zip(LAYERS.items(), sent[len(ROWS) :]):
         layout = make_layout(config)
         sums = traffic.tensor_sums(config, layout) + of_small_parameters(config)
         assert sums == pytest.approx(found["sums"], rel=1e-9), name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -146,15 +147,14 @@ def code_of(page):
     return re.findall(r"^## .*$", page, re.M), python
 
 
-def test_a_folder_in_use_is_left_alone(out):
-    (out / "mine").mkdir()
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "end_to_end.py"), "--out", str(out / "mine")],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 2 and "exists; delete it, or name another folder" in done.stderr
+def test_a_folder_in_use_is_left_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # which the example sets, put back
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", ["end_to_end.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(EXAMPLES / "end_to_end.py"), run_name="__main__")
+    assert left.value.code == 2
+    assert "exists; delete it, or name another folder" in capsys.readouterr().err
 
 
 def test_every_example_is_run_here_and_is_short():
