@@ -54,19 +54,29 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-MINUTES = (
+LONG = (
+    "test_examples.py",
     "test_parallel_stops.py",
     "test_compiled_kernels.py",
-    "test_examples.py",
-    "test_shared_parallel.py",
     "test_meshes.py",
+    "test_shared_parallel.py",
+    "test_compress_triton.py",
+    "test_compress_scan_triton.py",
     "test_tasks.py",
+    "test_chunk_attention_triton.py",
+    "test_launch.py",
+    "test_float8.py",
+    "test_parallel_checkpoints.py",
+    "test_layer_statistics.py",
+    "test_hf_generate.py",
+    "test_engine.py",
 )
-"""Files that take a minute or two each, so that none of them is the last to begin."""
+"""Files that take long, the longest first, so that none of them is the last to begin."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in MINUTES)
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture(autouse=True)

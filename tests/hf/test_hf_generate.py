@@ -22,7 +22,7 @@ from attamba.data import load_tokenizer
 from attamba.hf import AttambaCache
 from attamba.hf.tokenizer import save_for_transformers
 
-NEW = 24
+NEW = 16
 
 
 def prompt(rows=2, length=9):
