@@ -54,12 +54,13 @@ def _attention_inputs(seq: int, batch: int) -> dict[str, Tensor]:
     return {"q": q, **dict(zip("kv", kv))}
 
 
+_one_head = partial(compress_inputs, heads=1)
 OPERATORS = {
     "chunk_attention": (_attend, _attention_inputs),
-    "compress": (_compress_chunks, compress_inputs),
-    "compress, fused": (_compress_chunks, partial(compress_inputs, dtype=torch.float16)),
-    "compress, long chunks": (_compress_rows, partial(compress_inputs, dtype=torch.float16)),
-    "chunk_scan": (_scan, scan_inputs),
+    "compress": (_compress_chunks, _one_head),
+    "compress, fused": (_compress_chunks, partial(_one_head, dtype=torch.float16)),
+    "compress, long chunks": (_compress_rows, partial(_one_head, dtype=torch.float16)),
+    "chunk_scan": (_scan, partial(scan_inputs, heads=2, groups=1)),
     "linear_scan": (_scan_linearly, linear_inputs),
 }
 
