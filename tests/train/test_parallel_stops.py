@@ -280,7 +280,7 @@ def test_a_rank_killed_at_any_moment_loses_no_more_than_since_the_last_checkpoin
         for process in processes:
             if not ahead:
                 process.kill()
-            process.join(30)
+            process.join(90)
             assert not process.is_alive()
         saved = [0, *(int(path.name[-8:]) for path in list_checkpoints(config.out))]
         # One may be half written, the one before is then whole; before step 4 none need be.
