@@ -20,7 +20,7 @@ from attamba.exit_status import BROKEN_PIPE, FAILED, INTERRUPTED, MISTAKE
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 """How a key=value argument begins."""
-PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
+PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE}
 """Errors of the system that are no mistake in a command."""
 
 
@@ -80,8 +80,9 @@ def _leave(stopped: KeyboardInterrupt) -> int:
 def _is_told(error: Exception) -> bool:
     """Is it an error of training that speaks to the user?"""
     from attamba.train import CheckpointError, TrainingDiverged
+    from attamba.train.distributed import RankLost
 
-    return isinstance(error, (CheckpointError, TrainingDiverged))
+    return isinstance(error, (CheckpointError, RankLost, TrainingDiverged))
 
 
 def _may_pass(error: Exception) -> bool:

@@ -205,8 +205,9 @@ class OptimConfig:
     """Largest gradient norm; 0 for no clipping."""
 
     def validate(self) -> None:
-        if not self.lr > 0:
-            raise ConfigError(f"optim.lr={self.lr} must be above 0")
+        for name in ("lr", "eps"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must be above 0")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ConfigError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
         _at_least(self.warmup_steps, 0, "optim.warmup_steps")

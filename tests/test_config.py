@@ -300,6 +300,7 @@ def test_wrong_types(argument, message):
         (["optim.betas=[0.9]"], "optim.betas=[0.9] must be two numbers in [0, 1)"),
         (["optim.grad_clip=-1"], "optim.grad_clip=-1.0 must not be negative"),
         (["train.steps=0"], "train.steps=0 must be at least 1"),
+        (["optim.eps=0"], "optim.eps=0.0 must be above 0"),
         (["train.seed=-1"], "train.seed=-1 must be at least 0"),
         (
             ["train.accumulate=3"],

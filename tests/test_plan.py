@@ -221,6 +221,7 @@ def test_what_a_plan_leaves_out_is_told(capsys):
     [
         (["--mfu", "40"], "--mfu=40.0 must be above 0 and at most 1"),
         (["--tflops", "0"], "--tflops=0.0 must be above 0"),
+        (["--tflops", "inf"], "--tflops=inf must be above 0 and finite"),
         (["--decode-tokens", "0"], "--decode-tokens=0 must be at least 1"),
         (["mixer.chunk_sice=4"], "chunk_size"),
     ],

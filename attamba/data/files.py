@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,29 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
+def sha256(path: Path, on_block: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 of a file's content, in hex. on_block: called after each mebibyte."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
+            on_block()
     return digest.hexdigest()
+
+
+@contextmanager
+def naming(path: Path, whole: str) -> Iterator[None]:
+    """Errors of the system name the file that was written, as those of a full disk do not.
+
+    whole: what the same command goes on from when there is room.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            told = f"{error.strerror}; make room, and the same command goes on from {whole}"
+            raise OSError(error.errno, told, str(path)) from error
+        raise
 
 
 @contextmanager

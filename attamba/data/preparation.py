@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError
-from .files import hold, sync, write_aside
+from .files import hold, naming, sync, write_aside
 from .inputs import Paths, is_url
 from .parts import Inputs, find_inputs
 from .reader import no_text
 from .shards import FORMAT, MANIFEST, VERSION, TokenDataset, is_prepared, token_dtype
 from .tokenizer import Tokenizer
 from .workers import Progress, write_parts
-from .writer import Job, Place, Written, file_entry, naming
+from .writer import WHOLE, Job, Place, Written, file_entry
 
 LOCK = ".lock"
 
@@ -146,7 +146,7 @@ def _finish(job: Job, inputs: Inputs, written: list[Written]) -> None:
         for root, name in enumerate(inputs.roots):
             if root not in found:
                 raise no_text(name, n_bad)
-    with naming(job.folder / "tokenizer"):
+    with naming(job.folder / "tokenizer", WHOLE):
         job.tokenizer.save(job.folder / "tokenizer")
     manifest = _manifest(job, inputs, written)
     for path in job.folder.iterdir():
@@ -154,7 +154,7 @@ def _finish(job: Job, inputs: Inputs, written: list[Written]) -> None:
         if path.is_file() and path.name not in manifest["files"] and not is_record:
             path.unlink()
     path = job.folder / MANIFEST
-    with naming(path):
+    with naming(path, WHOLE):
         write_aside(path, (json.dumps(manifest, indent=1) + "\n").encode())
         sync(path)
 

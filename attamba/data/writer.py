@@ -8,13 +8,12 @@ worker was writing when it was killed does not, and is written again.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import io
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -22,11 +21,14 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from .errors import DataError
-from .files import sha256, sync, write_aside
+from .files import naming, sha256, sync, write_aside
 from .parts import Part, Reading, Record
 from .pieces import batched, cut
 from .shards import DOCUMENT, token_dtype
 from .tokenizer import Tokenizer
+
+WHOLE = "whole shards"
+"""What a preparation goes on from."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ class _Shards:
             )
 
     def _write(self, data: bytes) -> None:
-        with naming(self._aside):
+        with naming(self._aside, WHOLE):
             if self._file is None:
                 self._file = open(self._aside, "wb")  # noqa: SIM115
             self._file.write(data)
@@ -211,12 +213,12 @@ class _Shards:
         records = np.array(self._records, dtype=DOCUMENT)
         buffer = io.BytesIO()
         np.save(buffer, records)
-        with naming(self.job.folder / tokens):
+        with naming(self.job.folder / tokens, WHOLE):
             self._file.close()
             sync(self._aside)
             os.replace(self._aside, self.job.folder / tokens)
         self._file = None
-        with naming(self.job.folder / documents):
+        with naming(self.job.folder / documents, WHOLE):
             write_aside(self.job.folder / documents, buffer.getvalue())
             sync(self.job.folder / documents)
         n_tokens = self._filled * self._dtype.itemsize
@@ -241,7 +243,7 @@ class _Shards:
 
     def _save(self) -> None:
         path = part_file(self.job.folder, self.number)
-        with naming(path):
+        with naming(path, WHOLE):
             write_aside(path, (json.dumps(dataclasses.asdict(self.written)) + "\n").encode())
 
     def finish(self) -> None:
@@ -268,18 +270,6 @@ def part_file(folder: Path, number: int) -> Path:
 def file_entry(content: bytes) -> dict[str, Any]:
     """What the manifest says of a file."""
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Errors of the system name the file that was written, as those of a full disk do not."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            told = f"{error.strerror}; make room, and the same command goes on from whole shards"
-            raise OSError(error.errno, told, str(path)) from error
-        raise
 
 
 def _read_written(job: Job, number: int, part: Part) -> Written:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from attamba.config import ConfigError
 
@@ -42,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`attamba plan CONFIG [key=value ...]`."""
-    if not args.tflops > 0:
-        raise ConfigError(f"--tflops={args.tflops} must be above 0")
+    if not 0 < args.tflops < math.inf:
+        raise ConfigError(f"--tflops={args.tflops} must be above 0 and finite")
     if not 0 < args.mfu <= 1:
         raise ConfigError(f"--mfu={args.mfu} must be above 0 and at most 1, a share")
     if args.decode_tokens is not None and args.decode_tokens < 1:

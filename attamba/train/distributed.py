@@ -36,6 +36,15 @@ GRACE = 120.0
 """Seconds by which a collective may outlast hang_timeout: the watchdog comes first, and names."""
 
 
+class RankLost(RuntimeError):
+    """Another rank has ended in the middle of what this one does with it."""
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Does an error of a collective say that another rank is gone?"""
+    return isinstance(error, dist.DistError) or "by peer" in str(error)
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those of the run. The default is a process alone."""

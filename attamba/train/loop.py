@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 from attamba.config import ConfigError, RunConfig
 from attamba.train.beside import Beside
 from attamba.train.checks import check_run
-from attamba.train.distributed import Ranks, lock_for_all, open_ranks, world_size
+from attamba.train.distributed import (
+    RankLost,
+    Ranks,
+    is_lost,
+    lock_for_all,
+    open_ranks,
+    world_size,
+)
 from attamba.train.float8 import check_float8
 from attamba.train.follow import RESULTS
 from attamba.train.interrupt import (
@@ -233,13 +240,19 @@ class Loop:
             run.finish_saving()
             raise
         except RuntimeError as error:
-            # Those that were told to leave a moment before their first step do not come to it.
-            if not self.stop.preempted or run.ranks.alone or isinstance(error, CheckpointError):
+            if run.ranks.alone or isinstance(error, CheckpointError):
                 raise
-            raise TrainingPreempted(
-                f"Told to leave, as other ranks that are gone already; the same command goes on "
-                f"from the last checkpoint (out={run.config.out})"
-            ) from error
+            goes_on = f"the same command goes on from the last checkpoint (out={run.config.out})"
+            # Those that were told to leave a moment before their first step do not come to it.
+            if self.stop.preempted:
+                raise TrainingPreempted(
+                    f"Told to leave, as other ranks that are gone already; {goes_on}"
+                ) from error
+            if is_lost(error):
+                raise RankLost(
+                    f"another rank is gone, which has said why unless it was killed; {goes_on}"
+                ) from error
+            raise
         finally:
             for observer in self.observers:
                 observer.close(run)

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar
 
 from attamba.config import RunConfig, to_dict
-from attamba.data.files import write_aside
+from attamba.data.files import naming, write_aside
 from attamba.train.sinks import Record, Sink, open_sinks
 
 __all__ = [
@@ -107,7 +108,9 @@ class MetricsLog:
         trace: TracebackType | None,
     ) -> None:
         for sink in self._sinks:
-            sink.close()
+            # What could not be written is told already.
+            with suppress(OSError) if error is not None else nullcontext():
+                sink.close()
 
 
 class JsonLines:
@@ -116,15 +119,18 @@ class JsonLines:
     def __init__(self, path: Path, step: int) -> None:
         self.records = records_up_to(path, step)
         rewrite(path, self.records)
+        self._path = path
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close
 
     def write(self, record: Record) -> None:
         """A reader of the file sees the whole line at once."""
-        self._file.write(_line(record))
-        self._file.flush()
+        with naming(self._path, "the last checkpoint"):
+            self._file.write(_line(record))
+            self._file.flush()
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        with naming(self._path, "the last checkpoint"):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -89,7 +89,7 @@ class Run:
         self.passes = self._passes()
         self.guard = Guard(config.spikes, self.device)
         self.phases = Phases(self.device)
-        self.saver = None if ranks.alone else _open_saver(ranks, config)
+        self.saver = None if ranks.alone else _open_saver(ranks, config, watchdog)
         self.rows_per_pass = config.data.batch_size // ranks.share[1] // config.train.accumulate
         self.step = self.tokens = 0
         self.seconds = 0.0
@@ -351,7 +351,7 @@ def _every_nth(rows: Rows, windows: list[int], rank: int, n: int) -> Batch:
     return Batch(batch.inputs, targets, batch.doc_ids)
 
 
-def _open_saver(ranks: Ranks, config: RunConfig) -> Saver:
+def _open_saver(ranks: Ranks, config: RunConfig, watchdog: Watchdog) -> Saver:
     from attamba.train.sharded import Saver
 
-    return Saver(ranks, Path(config.out), config.train.keep)
+    return Saver(ranks, Path(config.out), config.train.keep, watchdog.stir)

@@ -16,7 +16,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,13 @@ class Saver:
 
     keep: the last so many stay. A checkpoint has its name only when it is whole and sealed. When
     one cannot be written, the next call of save or wait raises CheckpointError on every rank.
+    stir: called, where that is waited for, as often as the writing has got on.
     """
 
-    def __init__(self, ranks: Ranks, run_dir: Path, keep: int) -> None:
+    def __init__(self, ranks: Ranks, run_dir: Path, keep: int, stir: Callable[[], None]) -> None:
         self.ranks, self.folder, self.keep = ranks, run_dir / "checkpoints", keep
+        self._stir = stir
+        self._aside, self._hashed = self.folder, 0
         # Of its own: training's collectives go on at the same time.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         self._thread: threading.Thread | None = None
@@ -82,17 +85,34 @@ class Saver:
         written = dcp.async_save(
             tensors_of(model, optimizer), storage_writer=writer, process_group=self._group
         )
+        self._aside = aside
         self._thread = threading.Thread(target=self._finish, args=(written, aside, step))
         self._thread.start()
 
     def wait(self) -> None:
         """Until the last checkpoint is whole. Raises CheckpointError if it could not be written."""
         if self._thread is not None:
-            self._thread.join()
+            before = None
+            while self._thread.is_alive():
+                self._thread.join(0.2)
+                if (now := self._come()) != before:
+                    before = now
+                    self._stir()
             self._thread = None
         failed, self._failed = self._failed, None
         if failed is not None:
             raise failed
+
+    def _come(self) -> tuple[int, int]:
+        """How far the writing has come: bytes that all ranks have written, blocks hashed here."""
+        sizes = []
+        for path in (self._aside / SHARDS).glob("*"):
+            with suppress(FileNotFoundError):  # renamed meanwhile
+                sizes.append(path.stat().st_size)
+        return sum(sizes), self._hashed
+
+    def _hashed_block(self) -> None:
+        self._hashed += 1
 
     def _finish(self, written: Any, aside: Path, step: int) -> None:
         """In the background: hash, seal and publish what was written."""
@@ -147,7 +167,7 @@ class Saver:
         files = [path for path in (aside / SHARDS).iterdir() if path.name.startswith(prefix)]
         for path in files:
             sync(path)
-        return {f"{SHARDS}/{path.name}": entry(path) for path in files}
+        return {f"{SHARDS}/{path.name}": entry(path, self._hashed_block) for path in files}
 
     def _publish(self, aside: Path, name: str, step: int, known: dict[str, Any]) -> None:
         seal(aside, known, step=step)

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +103,25 @@ def remove_leftovers(run_dir: Path) -> None:
             if not re.fullmatch(ours, path.name):
                 continue
             if path.is_dir():
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink()
 
 
 def remove_old(run_dir: Path, keep: int) -> None:
-    """Delete all checkpoints but the last `keep`; each vanishes at once, never by halves."""
+    """Delete all checkpoints but the last `keep`; each vanishes at once, never by halves.
+
+    One that cannot be deleted, as where another program reads it on NFS, ends nothing: what is left
+    of it is a leftover.
+    """
     for old in list_checkpoints(run_dir)[:-keep]:
-        aside = old.with_name(f".tmp-{old.name}")
-        os.rename(old, aside)
-        shutil.rmtree(aside)
+        aside = old.with_name(f".tmp-{old.name}.{os.getpid()}")
+        try:
+            os.rename(old, aside)
+        except OSError as error:
+            warnings.warn(f"{old} cannot be deleted ({error}); delete it by hand", stacklevel=2)
+            continue
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def seal(folder: Path, known: Mapping[str, Any] | None = None, **about: Any) -> None:
@@ -134,9 +143,9 @@ def seal(folder: Path, known: Mapping[str, Any] | None = None, **about: Any) -> 
         sync(path)
 
 
-def entry(path: Path) -> dict[str, Any]:
-    """What the manifest says of a file."""
-    return {"size": path.stat().st_size, "sha256": sha256(path)}
+def entry(path: Path, on_block: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """What the manifest says of a file. on_block: see sha256."""
+    return {"size": path.stat().st_size, "sha256": sha256(path, on_block)}
 
 
 def verify(

@@ -31,13 +31,15 @@ class Watchdog:
     """While entered, watches that every rank is there; within in_loop, that it gets on as well.
 
     Before the loop ranks may take their time, for one of them prepares texts and the others wait.
-    In it each has to call `beat` at least every `timeout` seconds. With the loop the watch ends. On
-    a process alone it does nothing. Made by all ranks at once.
+    In it one of them at least has to call `beat` or `stir` every `timeout` seconds: they wait for
+    each other, so that where one stops all do. With the loop the watch ends. On a process alone it
+    does nothing. Made by all ranks at once.
     """
 
     def __init__(self, ranks: Ranks, timeout: float) -> None:
         self.ranks, self.timeout = ranks, timeout
-        self._beats, self._at = 0, "start"
+        self._beats, self._stirs, self._at = 0, 0, "start"
+        self._moved = time.monotonic()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         if not ranks.alone:
@@ -48,6 +50,10 @@ class Watchdog:
         """This rank has come to `at`, a few words for the message."""
         self._at = at
         self._beats += 1
+
+    def stir(self) -> None:
+        """What this rank waits for gets on; it has come no further than those that wait longer."""
+        self._stirs += 1
 
     def follow(self, model: nn.Module) -> None:
         """Count each layer's forward pass as a beat: a rank that hangs in one is behind."""
@@ -87,18 +93,17 @@ class Watchdog:
 
     def _watch(self) -> None:
         """Publish; rank 0 looks at all and, if nothing moves, says why for all to leave."""
-        ticks, moved, beats = 0, time.monotonic(), -1
+        ticks = 0
         heard: dict[int, tuple[str, float]] = {}
         while not self._over.wait(self.timeout / 8):
-            ticks, now = ticks + 1, time.monotonic()
-            if self._beats != beats:
-                beats, moved = self._beats, now
+            ticks, now, beats = ticks + 1, time.monotonic(), self._beats
             try:
-                self._store.set(str(self.ranks.rank), f"{ticks} {beats} {self._at}")
+                said = f"{ticks} {beats} {self._stirs} {self._at}"
+                self._store.set(str(self.ranks.rank), said)
                 if self.ranks.is_main:
                     self._listen(heard, now)
                     quiet = [now - when for _, when in heard.values()]
-                    if (now - moved if beats else max(quiet)) > self.timeout:
+                    if (now - self._moved if beats else max(quiet)) > self.timeout:
                         self._store.set(_VERDICT, suspects(heard, now, self.timeout / 2))
                 if self._store.check([_VERDICT]):
                     self._leave(self._store.get(_VERDICT).decode())
@@ -108,10 +113,13 @@ class Watchdog:
                 return
 
     def _listen(self, heard: dict[int, tuple[str, float]], now: float) -> None:
-        """Note what each rank said last, and when it was new."""
+        """Note what each rank said last, when it was new, and when one last moved."""
         for rank in range(self.ranks.size):
             said = self._store.get(str(rank)).decode() if self._store.check([str(rank)]) else ""
-            if rank not in heard or heard[rank][0] != said:
+            before, _ = heard.get(rank, ("", now))
+            if said.split(" ")[1:] != before.split(" ")[1:]:
+                self._moved = now
+            if rank not in heard or before != said:
                 heard[rank] = (said, now)
 
     def _leave(self, why: str) -> NoReturn:
@@ -132,20 +140,20 @@ class Watchdog:
 def suspects(heard: dict[int, tuple[str, float]], now: float, silence: float) -> str:
     """Who hangs, in words: ranks that said nothing new for `silence` seconds, or else those behind.
 
-    heard: of each rank "<ticks> <beats> <place>" and when that was new.
+    heard: of each rank "<ticks> <beats> <stirs> <place>" and when that was new.
     """
     silent = [rank for rank, (_, when) in sorted(heard.items()) if now - when > silence]
     if silent:
         return f"{_ranks(silent)} {_does(silent)} not answer (stopped, killed or cut off)"
-    said = {rank: text.split(" ", 2) for rank, (text, _) in heard.items() if text}
+    said = {rank: text.split(" ", 3) for rank, (text, _) in heard.items() if text}
     absent = sorted(set(heard) - set(said))
     if absent:
         return f"{_ranks(absent)} never began"
-    least = min(int(beats) for _, beats, _ in said.values())
-    behind = [rank for rank, (_, beats, _) in sorted(said.items()) if int(beats) == least]
+    least = min(int(beats) for _, beats, _, _ in said.values())
+    behind = [rank for rank, (_, beats, _, _) in sorted(said.items()) if int(beats) == least]
     if len(behind) == len(said):
-        return f"all ranks wait at {said[behind[0]][2]}"
-    return f"{_ranks(behind)} {_does(behind)} not go on, at {said[behind[0]][2]}"
+        return f"all ranks wait at {said[behind[0]][3]}"
+    return f"{_ranks(behind)} {_does(behind)} not go on, at {said[behind[0]][3]}"
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -2,9 +2,12 @@ import errno
 import json
 import os
 import resource
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from ranks import train_until
 
 import attamba
 from attamba.config import ConfigError, RunConfig
@@ -351,3 +354,39 @@ def test_a_file_that_the_system_refuses_to_grow(make_config, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "File too large" in text
     assert train(config).step == 12
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_ends_nothing(make_config, monkeypatch):
+    """As on NFS, where a file that another program has open keeps its folder from going."""
+    rmtree = shutil.rmtree
+
+    def refuse(path, ignore_errors=False, **options):
+        if ".tmp-step-" not in str(path):
+            rmtree(path, ignore_errors=ignore_errors, **options)
+        elif not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    config = make_config({"train.save_every": 2, "train.keep": 1})
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    train_until(config, 6)
+    assert [path.name for path in list_checkpoints(config.out)] == ["step-00000006"]
+    left = [path.name for path in (Path(config.out) / "checkpoints").glob(".tmp-*")]
+    assert len(left) == 2
+    monkeypatch.undo()
+    assert train(config).step == 12
+    assert not list((Path(config.out) / "checkpoints").glob(".tmp-*"))
+
+
+def test_an_old_checkpoint_that_cannot_be_renamed_is_named(make_config, monkeypatch):
+    rename = os.rename
+
+    def refuse(old, new):
+        if ".tmp-step-" in str(new):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(old))
+        rename(old, new)
+
+    config = make_config({"train.save_every": 6, "train.keep": 1})
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.warns(UserWarning, match="step-00000006 cannot be deleted .*; delete it by hand"):
+        train(config)
+    assert len(list_checkpoints(config.out)) == 2

@@ -1,4 +1,5 @@
 import json
+import resource
 
 import pytest
 
@@ -73,3 +74,21 @@ def test_a_missing_tensorboard_is_named_before_training(make_config, monkeypatch
     text = r"tensorboard in metrics\.sinks needs tensorboard.*pip install 'attamba\[train\]'"
     with pytest.raises(MissingPackageError, match=text):
         train(make_config({"train.tensorboard": True}))
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    written = 0
+    try:
+        with pytest.raises(OSError, match="make room, and the same command") as caught:  # noqa: SIM117
+            with MetricsLog(tmp_path, step=0) as log:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+                while True:
+                    log.write({"kind": "train", "step": written + 1, "loss": 1.0})
+                    written += 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename == str(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == list(
+        range(1, written + 1)
+    )

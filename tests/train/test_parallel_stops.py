@@ -27,7 +27,9 @@ from attamba.train import (
     read_metrics,
     train,
 )
+from attamba.train.distributed import RankLost
 from attamba.train.interrupt import StopRequest, TrainingPreempted
+from attamba.train.sharded import Saver
 from attamba.train.watchdog import suspects
 
 
@@ -230,16 +232,95 @@ def test_ranks_may_wait_for_texts_longer_than_a_step_may_take(make_config):
     assert list_checkpoints(config.out)[-1].name == "step-00000012"
 
 
+def write_slowly(config: RunConfig, blocks: int, told: bool) -> None:
+    """Each rank hashes a block in half a second of what it writes after step 2, then no more.
+
+    told: rank 1 gets a signal that is to save and leave, before its third step.
+    """
+    os.dup2(os.open(f"{config.out}.err{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY), 2)
+    hash_files, batch = Saver._hash, Batches.batch
+
+    def slow(self: Saver, aside: Path):
+        for _ in range(blocks):
+            self._hashed_block()
+            time.sleep(0.5)
+        if blocks == 1:
+            time.sleep(60)
+        return hash_files(self, aside)
+
+    def signalled(self: Batches, step: int):
+        if told and os.environ["RANK"] == "1" and step // 2 == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, step)
+
+    Saver._hash, Batches.batch = slow, signalled
+    try:
+        train(config)
+    except TrainingPreempted as left:
+        assert told and "saved a checkpoint" in str(left)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_checkpoint_may_take_longer_to_write_than_a_step_may(make_config, told):
+    change = {"train.steps": 4, "train.save_every": 2, "parallel.hang_timeout": 2.0}
+    config = make_config(change)
+    on_ranks(2, write_slowly, config, 8, told)
+    assert list_checkpoints(config.out)[-1].name == f"step-0000000{3 if told else 4}"
+
+
+def test_a_checkpoint_whose_writing_does_not_go_on_ends_the_run(make_config):
+    change = {"train.steps": 4, "train.save_every": 2, "parallel.hang_timeout": 1.0}
+    config = make_config(change)
+    processes, _ = start_ranks(2, write_slowly, config, 1, False)
+    try:
+        processes[0].join(30)
+        assert processes[0].exitcode == exit_status.HANG
+        assert "all ranks wait at saving" in Path(f"{config.out}.err0").read_text()
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def test_who_is_suspected():
     now = 100.0
-    moving = {0: ("9 40 step 5", 99.0), 1: ("9 38 step 5", 99.5), 2: ("9 40 step 5", 99.9)}
+    moving = {0: ("9 40 0 step 5", 99.0), 1: ("9 38 7 step 5", 99.5), 2: ("9 40 0 step 5", 99.9)}
     assert suspects(moving, now, 10) == "rank 1 does not go on, at step 5"
-    assert suspects(moving | {2: ("4 41 step 5", 50.0)}, now, 10).startswith("rank 2 does not answ")
-    same = dict.fromkeys(range(3), ("9 40 step 5", 99.0))
+    silent = moving | {2: ("4 41 0 step 5", 50.0)}
+    assert suspects(silent, now, 10).startswith("rank 2 does not answer")
+    same = dict.fromkeys(range(3), ("9 40 0 step 5", 99.0))
     assert suspects(same, now, 10) == "all ranks wait at step 5"
     assert suspects(same | {1: ("", 99.0)}, now, 10) == "rank 1 never began"
-    behind = same | {0: ("9 3 start", 99.0), 1: ("9 3 start", 99.0)}
+    behind = same | {0: ("9 3 0 start", 99.0), 1: ("9 3 0 start", 99.0)}
     assert suspects(behind, now, 10) == "ranks 0, 1 do not go on, at start"
+
+
+def alone_in_the_end(config: RunConfig) -> None:
+    """Rank 1 ends where it reads its fourth rows; rank 0 writes down what that is to it."""
+    batch = Batches.batch
+
+    def gone(self: Batches, step: int):
+        if os.environ["RANK"] == "1" and step // 2 == 3:
+            os._exit(5)
+        return batch(self, step)
+
+    Batches.batch = gone
+    with pytest.raises(RankLost) as caught:
+        train(config)
+    assert caught.value.may_pass
+    Path(f"{config.out}.told").write_text(str(caught.value))
+
+
+def test_a_rank_that_is_left_says_so_in_a_line(make_config):
+    config = make_config()
+    processes, _ = start_ranks(2, alone_in_the_end, config)
+    try:
+        processes[0].join(60)
+        told = Path(f"{config.out}.told").read_text()
+        assert told.startswith("another rank is gone, which has said why unless it was killed; ")
+        assert told.count("\n") == 0 and config.out in told
+    finally:
+        for process in processes:
+            process.kill()
 
 
 # --------------------------------------------------------------------------------------------
