@@ -293,7 +293,7 @@ echo $! > {folder}/batch.pid
 SRUN = """#!/bin/sh
 while [ $# -gt 0 ]; do
     case "$1" in
-        --unbuffered|--kill-on-bad-exit=1) shift ;;
+        --unbuffered|--kill-on-bad-exit=1|--wait=0) shift ;;
         --output) log=$(echo "$2" | sed "s/%j/41/; s/%t/0/"); shift 2 ;;
         *) exec "$@" > "$log" 2>&1 ;;
     esac
@@ -380,15 +380,51 @@ def test_a_job_that_failed_may_be_restarted(
         commands = _on_a_machine(node, 1, monkeypatch)
         assert job() == 1 and commands[1:] == [again]
         commands = _on_a_machine(1 - node, 1, monkeypatch)
+        assert job() == 1 and again not in commands
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "4")
+    for node in (0, 1):
+        commands = _on_a_machine(node, 1, monkeypatch)
         with pytest.raises(TrainingFailed):
             job()
         assert again not in commands
-    assert len(list(tmp_path.iterdir())) == 2
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "4")
-    commands = _on_a_machine(0, 1, monkeypatch)
-    with pytest.raises(TrainingFailed):
-        job()
-    assert again not in commands
+
+
+FAILS = """
+import os, subprocess, sys, time
+from pathlib import Path
+from attamba.launch.job import Job
+
+def run(command, **options):
+    node, folder = os.environ["SLURM_NODEID"], Path(sys.argv[1])
+    if "train" not in command:
+        (folder / f"asked-{node}").touch()
+        return subprocess.CompletedProcess(command, 0)
+    (folder / f"trained-{node}").touch()
+    while len(list(folder.glob("trained-*"))) < 2:
+        time.sleep(0.001)
+    return subprocess.CompletedProcess(command, 1)
+
+job = Job(nodes=2, gpus=4, train=["x.yaml"], restarts=1, folder=Path(sys.argv[1]) / "slurm")
+subprocess.run = run
+sys.exit(0 if job() == 1 else 5)
+"""
+
+
+def test_machines_that_fail_at_once_ask_once_and_none_fails(tmp_path: Path) -> None:
+    """srun would kill the one that asks; another that fails after the last restart it may."""
+    (tmp_path / "slurm").mkdir()
+    for begun, asked, status in (("0", 1, 0), ("1", 0, 1)):
+        machines = []
+        for node in ("0", "1"):
+            env = os.environ | _machine(node) | {"SLURM_RESTART_COUNT": begun}
+            command = [sys.executable, "-c", FAILS, str(tmp_path)]
+            machines.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+        told = [machine.communicate(timeout=60)[1] for machine in machines]
+        assert [machine.returncode for machine in machines] == [status] * 2, told
+        assert len(list(tmp_path.glob("asked-*"))) == asked
+        for file in tmp_path.glob("*-?"):
+            file.unlink()
 
 
 def test_a_mistake_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,13 +434,18 @@ def test_a_mistake_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(commands) == 1 and not list(tmp_path.iterdir())
 
 
+def _machine(node: str) -> dict[str, str]:
+    """What SLURM and submitit set on one of the two machines of job 70041."""
+    machine = {"JOB_ID": "70041", "NTASKS": "2", "JOB_NUM_NODES": "2", "NODEID": node}
+    machine |= {"PROCID": node, "LOCALID": "0", "JOB_NODELIST": "gpu[07-08]"}
+    named = {f"SLURM_{name}": value for name, value in machine.items()}
+    return named | {"SUBMITIT_EXECUTOR": "slurm"}
+
+
 def _on_a_machine(node: int, status: int, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Make this process one of job 70041's; training leaves with `status`. Returns what is run."""
-    machine = {"JOB_ID": "70041", "NTASKS": "2", "JOB_NUM_NODES": "2", "NODEID": str(node)}
-    machine |= {"PROCID": str(node), "LOCALID": "0", "JOB_NODELIST": "gpu[07-08]"}
-    for name, value in machine.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    for name, value in _machine(str(node)).items():
+        monkeypatch.setenv(name, value)
     commands: list[list[str]] = []
 
     def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:

@@ -59,9 +59,13 @@ class Job:
     """Where failures are counted, if there may be restarts."""
 
     def __call__(self) -> int:
-        """Train; where SLURM took the machines back, put the job into its queue again.
+        """Train; where SLURM took the machines back, or a restart is left, put the job into its
+        queue again.
 
-        Returns the exit status, or raises TrainingFailed where the job is to end with it.
+        Returns the exit status, or raises TrainingFailed where the job is to end with it. One
+        machine asks SLURM; on the others submitit takes what returns for success and leaves with 0,
+        for srun would kill that one if they failed. It waits for all, so the job cannot end before
+        SLURM has answered.
         """
         import submitit
 
@@ -71,27 +75,35 @@ class Job:
         port = FIRST_PORT + int(env.raw_job_id) % PORTS
         found = meeting(self.nodes, env.node, env.hostnames[0], port, env.raw_job_id)
         status = subprocess.run(torchrun(self.gpus, self.train, found)).returncode
+        if status == 0:
+            return status
         preempted = status == REQUEUE
-        again = env.node == 0 if preempted else status and self._may_restart(status, env.raw_job_id)
-        if again:
-            subprocess.run(["scontrol", "requeue", env.raw_job_id], check=True)
-        elif status and not preempted:
+        if not preempted and not self._may_restart(status, env.raw_job_id):
             raise TrainingFailed(f"`attamba train {shlex.join(self.train)}` left with {status}")
+        if env.node == 0 if preempted else self._is_first(env.raw_job_id):
+            subprocess.run(["scontrol", "requeue", env.raw_job_id], check=True)
         return status
 
     def _may_restart(self, status: int, number: str) -> bool:
-        """Is a restart left after this failure, and is this machine the first to ask for it?
+        """Is a restart left after this failure?
 
-        A file stands for each: machines fail one after the other.
+        A file stands for each start that failed. This one's is left out: another machine may have
+        made it, and all are to come to the same answer.
         """
-        if status == MISTAKE or len(list(self.folder.glob(f"{number}_failed_*"))) >= self.restarts:
-            return False
-        begun = os.environ.get("SLURM_RESTART_COUNT", "0")
+        earlier = set(self.folder.glob(f"{number}_failed_*")) - {self._failed(number)}
+        return status != MISTAKE and len(earlier) < self.restarts
+
+    def _is_first(self, number: str) -> bool:
+        """Is this the first machine on which this start failed? They fail at once, or one after
+        the other."""
         try:
-            (self.folder / f"{number}_failed_{begun}").touch(exist_ok=False)
+            self._failed(number).touch(exist_ok=False)
         except FileExistsError:
             return False
         return True
+
+    def _failed(self, number: str) -> Path:
+        return self.folder / f"{number}_failed_{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
     def shown(self) -> str:
         """The command of each machine, for people: names of SLURM's variables for their values."""
@@ -137,9 +149,9 @@ class Request:
             "cpus_per_task": self.cpus,
             "setup": self.setup or None,
             "stderr_to_stdout": True,
-            "srun_args": [
-                "--kill-on-bad-exit=1"
-            ],  # the others would wait for a machine that failed
+            # the others would wait for a machine that failed; but however a cluster sets WaitTime,
+            # none is killed because another has left with 0
+            "srun_args": ["--kill-on-bad-exit=1", "--wait=0"],
             "wckey": None,
             # submitit would have its own signal sent, on which it starts a function anew
             "additional_parameters": {"signal": f"USR1@{self.grace}", "requeue": True}
