@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -178,10 +179,12 @@ def test_what_is_told_to_stop_is_not_restarted(
     assert (tmp_path / "saved-0").read_text() == number.name
 
 
-def _agent(folder: Path, module: str, ranks: int = 2) -> subprocess.Popen[str]:
+def _agent(
+    folder: Path, module: str, ranks: int = 2, met: Sequence[str] = ("--standalone",)
+) -> subprocess.Popen[str]:
     """torchrun on a module of two lines or so, which every rank runs."""
     (folder / "ranks.py").write_text(module)
-    command = [sys.executable, "-m", "attamba.launch.agent", "--standalone"]
+    command = [sys.executable, "-m", "attamba.launch.agent", *met]
     command += [f"--nproc-per-node={ranks}", "-m", "ranks"]
     env = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
@@ -265,6 +268,36 @@ def test_the_agent_is_told_to_leave_before_it_has_ranks(tmp_path: Path) -> None:
     _, told = agent.communicate(timeout=60)
     assert agent.returncode == 75, told
     assert not list(tmp_path.glob("ready-*"))
+
+
+LEAVES = """
+import os, signal, sys, time
+host = os.getppid() == int(open("host").read())
+signal.signal(signal.SIGUSR1, lambda number, frame: sys.exit(75) if host else None)
+open(f"ready-{os.environ['RANK']}", "w").close()
+time.sleep(100)
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize(("told", "status"), [(2, 75), (1, 1)])
+def test_the_machine_where_all_meet_leaves_first(told: int, status: int, tmp_path: Path) -> None:
+    """The other leaves for a requeue if it was told to stop as well; else it fails, in one line."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    agents = []
+    for node, host in ((0, "true"), (1, "false")):
+        met = [*meeting(2, node, "localhost", port, "7"), f"--rdzv-conf=is_host={host}"]
+        agents.append(_agent(tmp_path, LEAVES, ranks=1, met=met))
+        (tmp_path / "host").write_text(str(agents[0].pid))
+    _wait(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)))
+    for agent in agents[:told]:
+        agent.send_signal(signal.SIGUSR1)
+    said = [agent.communicate(timeout=60)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [75, status], said
+    assert not any("Traceback" in text for text in said)
+    assert said[1].count("machines of this job did not meet, or lost each other") == (told == 1)
 
 
 def _heeds(process: int, number: signal.Signals) -> bool:

@@ -5,7 +5,8 @@
 differs from `torchrun` in two things. SIGTERM and SIGUSR1 go on to the ranks, and torchrun waits
 for them to save, where it would kill them after 30 seconds (SIGTERM) or die itself (SIGUSR1). And
 where ranks leave with the status that asks for a requeue, or are ended by such a signal before they
-heed it, it leaves with that status, where it would leave with 1 and a traceback.
+heed it, it leaves with that status, where it would leave with 1 and a traceback. It does so too
+where all were told to stop and the machine that hosts their meeting was faster.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(number, _pass_on)
         # torchrun's own handlers, which replace those that are there, for what is left
         os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
-    from torch.distributed import run
+    from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     try:
         run.run(run.parse_args(arguments))
@@ -43,6 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if status not in (REQUEUE, INTERRUPTED):
             print(error, file=sys.stderr)
         return status
+    except (RendezvousError, DistError) as error:
+        if _passed:
+            return REQUEUE
+        cause = error.__cause__ or error
+        why = f"({type(cause).__name__}) {cause}".splitlines()[0]  # and a stack of C++ below
+        print(f"machines of this job did not meet, or lost each other {why}", file=sys.stderr)
+        return FAILED
     except SignalException as error:
         return 128 + error.sigval
     return 0
