@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from attamba.exit_status import FAILED, INTERRUPTED, REQUEUE
+from attamba.exit_status import FAILED, INTERRUPTED, MISTAKE, REQUEUE
 
 CHILDREN = Path(f"/proc/self/task/{os.getpid()}/children")
 """Processes that the main thread started, on Linux."""
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run.run(run.parse_args(arguments))
     except ChildFailedError as error:
         status = _status({failure.exitcode for failure in error.failures.values()})
-        if status not in (REQUEUE, INTERRUPTED):
+        if status not in (REQUEUE, INTERRUPTED, MISTAKE):  # in which ranks have said enough
             print(error, file=sys.stderr)
         return status
     except (RendezvousError, DistError) as error:
