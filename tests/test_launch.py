@@ -64,6 +64,14 @@ def test_the_script(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert not (tmp_path / "big").exists()
 
 
+def test_the_command_that_is_shown_keeps_words_together() -> None:
+    train = ["my run.yaml", "out=runs/a b", "data.train=$HOME/*.txt"]
+    shown = Job(nodes=2, gpus=8, train=train).shown()
+    assert shlex.split(shown)[-3:] == train
+    assert shown.endswith(" train 'my run.yaml' 'out=runs/a b' 'data.train=$HOME/*.txt'")
+    assert " --node-rank=$SLURM_NODEID " in shown and " --rdzv-id=$SLURM_JOB_ID " in shown
+
+
 def test_what_is_not_asked_for_is_left_to_the_cluster(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*RUN, "--gpus", "2", "--dry-run", "--folder", "logs"]) == 0
     script = capsys.readouterr().out

@@ -109,7 +109,8 @@ class Job:
         """The command of each machine, for people: names of SLURM's variables for their values."""
         port = f"({FIRST_PORT} + $SLURM_JOB_ID % {PORTS})"
         found = meeting(self.nodes, "$SLURM_NODEID", "<first machine>", port, "$SLURM_JOB_ID")
-        return " ".join(torchrun(self.gpus, self.train, found))
+        words = torchrun(self.gpus, self.train, found)
+        return " ".join(word if word in found else shlex.quote(word) for word in words)
 
 
 @dataclass(frozen=True)
