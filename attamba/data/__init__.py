@@ -5,7 +5,7 @@ dataset = prepare(["corpus/"], "data/corpus", tokenizer)
 batch = Batches(dataset, seq_len=1024, batch_size=16, seed=0).batch(step=0)
 """
 
-from .errors import DataError, MissingPackageError
+from .errors import DataError, MissingPackageError, UnreachableError
 from .loader import UNSCORED, Batch, Batches, OrderedRows
 from .mixture import MixedBatches, MixedHeldOut
 from .packing import PackedBatches
@@ -30,6 +30,7 @@ __all__ = [
     "TokenDataset",
     "TokenizedDocument",
     "Tokenizer",
+    "UnreachableError",
     "is_prepared",
     "load_tokenizer",
     "prepare",

@@ -14,6 +14,13 @@ class RecordError(DataError):
     """One record that is no text, among others that may be."""
 
 
+class UnreachableError(OSError):
+    """Storage that does not answer, or a connection that broke; says which URL and why."""
+
+    may_pass = True
+    """No mistake in a command: another try of it may go on."""
+
+
 class MissingPackageError(ImportError):
     """An optional package is not installed; says how to install it."""
 

@@ -7,14 +7,16 @@ that folders share it and nothing in it is ever out of date. It is never tidied:
 
 from __future__ import annotations
 
-import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import DataError
 from .files import sha256
-from .inputs import is_url, open_url
+from .inputs import is_url, open_url, reaching
 
 ANEW = "prepare the data anew (attamba data prepare)"
 
@@ -26,7 +28,7 @@ class Folder(Protocol):
         """A small file's content; None where it is missing."""
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None where it is missing."""
+        """Bytes of a file; None where that is unknown. Raises FileNotFoundError."""
 
     def is_whole(self, name: str, entry: dict[str, Any]) -> bool:
         """Is the content, read now, what the manifest says? Of a URL's file that is kept in the
@@ -52,8 +54,7 @@ class LocalFolder:
         return path.read_bytes() if path.is_file() else None
 
     def size(self, name: str) -> int | None:
-        path = self.path / name
-        return path.stat().st_size if path.is_file() else None
+        return (self.path / name).stat().st_size
 
     def is_whole(self, name: str, entry: dict[str, Any]) -> bool:
         return sha256(self.path / name) == entry["sha256"]
@@ -63,55 +64,76 @@ class LocalFolder:
 
 
 class RemoteFolder:
-    """A folder at a URL. Raises DataError where the URL's kind is unknown or cannot be reached."""
+    """A folder at a URL. Raises DataError where the URL's kind is unknown, or it may not be read,
+    and UnreachableError where it cannot be reached."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self._fs, self._path = open_url(self.url)
-        self._sizes: dict[str, int] | None = None
 
     def read(self, name: str) -> bytes | None:
         try:
-            return self._fs.cat_file(f"{self._path}/{name}")
-        except FileNotFoundError:
+            with reaching(f"{self.url}/{name}"):
+                return self._fs.cat_file(f"{self._path}/{name}")
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def size(self, name: str) -> int | None:
-        if self._sizes is None:  # one listing, not a request for each file
-            found = self._fs.find(self._path, detail=True)
-            self._sizes = {
-                path.removeprefix(self._path).lstrip("/"): info["size"]
-                for path, info in found.items()
-            }
-        return self._sizes.get(name)
+        size = self._listing.get(name)
+        if size is not None:
+            return size
+        with reaching(f"{self.url}/{name}"):
+            return self._fs.info(f"{self._path}/{name}")["size"]
+
+    @cached_property
+    def _listing(self) -> dict[str, int | None]:
+        """Files and their sizes, of one request instead of one for each file.
+
+        Over HTTP sizes are missing, and what a server does not list may be there.
+        """
+        try:
+            with reaching(self.url):
+                found = self._fs.find(self._path, detail=True)
+        except (DataError, FileNotFoundError):  # it lists nothing; each file is asked for
+            return {}
+        return {
+            path.removeprefix(self._path).lstrip("/"): info["size"] for path, info in found.items()
+        }
 
     def is_whole(self, name: str, entry: dict[str, Any]) -> bool:
         kept = _kept(name, entry)
         if kept.is_file() and sha256(kept) != entry["sha256"]:
             kept.unlink()
-        digest = hashlib.sha256()
-        with self._fs.open(f"{self._path}/{name}", "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-        return digest.hexdigest() == entry["sha256"]
+        with self._fetched(name, kept) as aside:
+            return sha256(aside) == entry["sha256"]
 
     def local(self, name: str, entry: dict[str, Any]) -> Path:
         kept = _kept(name, entry)
         if kept.is_file() and kept.stat().st_size == entry["bytes"]:
             return kept
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        aside = kept.with_name(f".{kept.name}.{os.getpid()}")
-        try:
-            self._fs.get_file(f"{self._path}/{name}", str(aside))
+        with self._fetched(name, kept) as aside:
             if sha256(aside) != entry["sha256"]:
                 raise DataError(
                     f"{self.url}/{name} is not what its manifest says: it was altered or cut off "
                     f"on the way; copy it there again, or {ANEW}"
                 )
             os.replace(aside, kept)
+        return kept
+
+    @contextmanager
+    def _fetched(self, name: str, kept: Path) -> Iterator[Path]:
+        """The file, read now and put beside its place in the cache, for as long as entered.
+
+        It is got as a whole: servers that send no part of a file would not let it be read in parts.
+        """
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        aside = kept.with_name(f".{kept.name}.{os.getpid()}")
+        try:
+            with reaching(f"{self.url}/{name}"):
+                self._fs.get_file(f"{self._path}/{name}", str(aside))
+            yield aside
         finally:
             aside.unlink(missing_ok=True)
-        return kept
 
 
 def _kept(name: str, entry: dict[str, Any]) -> Path:

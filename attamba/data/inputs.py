@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import DataError, require
+from .errors import DataError, UnreachableError, require
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 NAMED_SUFFIXES = (*TEXT_SUFFIXES, ".raw")
 """Of a file that is named itself: WikiText has wiki.test.raw. In a folder .raw may be anything."""
 COMPRESSIONS = {".xz": "xz", ".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 READABLE = ".txt .md .py .jsonl (each also as .xz .gz .bz2 .zst) and .parquet"
+
+BROKEN = (
+    *(errno.EIO, errno.EBUSY, errno.ETIMEDOUT),  # s3fs: what the server could not do just then
+    *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+)
+"""Errors of the system that a network passes on."""
+NETWORK_ERRORS = (
+    ("aiohttp", "ClientError"),
+    ("asyncio", "TimeoutError"),
+    ("botocore.exceptions", "HTTPClientError"),
+    ("httpx", "TransportError"),
+)
+"""Of the packages behind fsspec, which have no common class."""
+MISSING = (404, 410)
+BUSY = (408, 429)
+"""Statuses of HTTP; so are those from 500."""
 
 Paths = str | Path | Sequence[str | Path]
 
@@ -83,6 +102,50 @@ def open_url(url: str) -> tuple[Any, str]:
     except (ValueError, ImportError) as error:
         # fsspec says which package reads URLs of this kind.
         raise DataError(f"{url} cannot be opened: {error}") from error
+
+
+@contextmanager
+def reaching(url: str) -> Iterator[None]:
+    """What keeps a URL from being read names it; FileNotFoundError stays where a file is missing.
+
+    Raises UnreachableError for what may pass, DataError where the server refuses.
+    """
+    try:
+        yield
+    except Exception as error:
+        # Over HTTP fsspec says of whatever fails that the file is missing; the cause knows better.
+        cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
+        status = _http_status(cause)
+        if status in MISSING or cause is None:
+            raise
+        told = str(cause) or type(cause).__name__
+        if _is_broken(cause, status):
+            raise UnreachableError(
+                f"{url} cannot be reached ({told}); try again when the network and the server work"
+            ) from cause
+        if status or (isinstance(cause, PermissionError) and cause.filename is None):
+            raise DataError(
+                f"{url} is refused ({told}); check the address, and the right to read it"
+            ) from cause
+        raise
+
+
+def _is_broken(error: BaseException, status: int) -> bool:
+    """Has a connection, a server or the time run out, rather than the answer been no?"""
+    if status:
+        return status >= 500 or status in BUSY
+    if isinstance(error, (ConnectionError, TimeoutError)) or getattr(error, "errno", 0) in BROKEN:
+        return True
+    known = [getattr(sys.modules.get(module), name, None) for module, name in NETWORK_ERRORS]
+    of_network = isinstance(error, tuple(kind for kind in known if kind is not None))
+    return of_network and not isinstance(error, ValueError)  # a URL that cannot be one
+
+
+def _http_status(error: Any) -> int:
+    """What a server answered, as aiohttp, gcsfs and requests keep it; 0: nothing."""
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    status = status or getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else 0
 
 
 def _file_system(root: str) -> tuple[Any, str]:

@@ -108,9 +108,8 @@ class TokenDataset:
         manifest = _manifest(folder, files)
         try:
             for name, entry in manifest["files"].items():
-                size = files.size(name)
-                if size != entry["bytes"]:
-                    state = "is missing" if size is None else f"has {size} bytes"
+                state = _wrong_size(files, name, entry["bytes"])
+                if state:
                     raise DataError(
                         f"{folder}/{name} {state}, {MANIFEST} says {entry['bytes']} bytes; {ANEW}"
                     )
@@ -234,6 +233,15 @@ class TokenDataset:
 
     def _documents(self, shard: int) -> np.ndarray:
         return np.load(self._local(self.manifest["shards"][shard]["documents"]))
+
+
+def _wrong_size(files: Folder, name: str, n_bytes: int) -> str | None:
+    """What is wrong with a file, by its size; None: nothing, or its checksum will tell."""
+    try:
+        size = files.size(name)
+    except (FileNotFoundError, NotADirectoryError):
+        return "is missing"
+    return None if size in (None, n_bytes) else f"has {size} bytes"
 
 
 def _manifest(folder: str | Path, files: Folder) -> dict[str, Any]:

@@ -1,6 +1,10 @@
 """Prepared folders at URLs, their cache, and checksums."""
 
 import json
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -42,6 +46,49 @@ def memory(prepared):
     fs.put(str(prepared), "/prepared", recursive=True)
     yield fs
     fs.rm("/prepared", recursive=True)
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves a folder, lists it, and keeps what was asked for in `asked`."""
+
+    def log_message(self, *args):
+        self.server.asked.append(f"{self.command} {self.path}")
+
+
+class Unlisted(Quiet):
+    """Lists nothing, says no sizes, and refuses what is called secret."""
+
+    def do_GET(self):
+        if "secret" in self.path:
+            self.send_error(403)
+        else:
+            super().do_GET()
+
+    def list_directory(self, path):
+        self.send_error(403)
+
+    def send_header(self, key, value):
+        if key.lower() != "content-length":
+            super().send_header(key, value)
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """serve(handler): a server of tmp_path, and its URL."""
+    pytest.importorskip("aiohttp")
+    servers = []
+
+    def start(handler):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(tmp_path)))
+        server.asked = []
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        return server, f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 def same(a, b):
@@ -117,6 +164,48 @@ def test_a_shard_that_is_cut_at_its_url_is_refused(memory):
     memory.rm(name)
     with pytest.raises(DataError, match=r"tokens-00000-001\.bin is missing"):
         TokenDataset.open("memory://prepared")
+
+
+@pytest.mark.parametrize("handler", [Quiet, Unlisted])
+def test_shards_over_http(prepared, serve, handler):
+    """A listing over HTTP has no sizes, if there is one; a server may not tell them at all."""
+    _, url = serve(handler)
+    assert is_prepared(f"{url}/out")
+    there = TokenDataset.open(f"{url}/out")
+    same(TokenDataset.open(prepared), there)
+    there.verify()
+
+
+@pytest.mark.parametrize("handler", [Quiet, Unlisted])
+def test_shards_over_http_that_are_cut_or_missing(prepared, serve, handler):
+    _, url = serve(handler)
+    path = prepared / "tokens-00000-001.bin"
+    data = path.read_bytes()
+    path.write_bytes(data[:-2])
+    if handler is Quiet:
+        with pytest.raises(DataError, match=rf"has {len(data) - 2} bytes, .* {len(data)} bytes"):
+            TokenDataset.open(f"{url}/out")
+    else:  # found out when it is fetched
+        with pytest.raises(DataError, match=r"001\.bin is not what its manifest says"):
+            list(TokenDataset.open(f"{url}/out").documents())
+    path.unlink()
+    with pytest.raises(DataError, match=r"tokens-00000-001\.bin is missing, manifest\.json says"):
+        TokenDataset.open(f"{url}/out")
+
+
+def test_shards_over_http_that_may_not_be_read(prepared, serve):
+    _, url = serve(Unlisted)
+    prepared.rename(prepared.with_name("secret"))
+    with pytest.raises(DataError, match=rf"{url}/secret/manifest\.json is refused \(403, "):
+        TokenDataset.open(f"{url}/secret")
+
+
+def test_http_without_its_package(monkeypatch):
+    for name in ("aiohttp", "fsspec.implementations.http"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "http", raising=False)
+    with pytest.raises(DataError, match=r'http://a/b cannot be opened: .*"aiohttp" to be'):
+        TokenDataset.open("http://a/b")
 
 
 def test_urls_that_lead_nowhere():
