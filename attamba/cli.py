@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status.
 
     0: done. 2: the user's mistake, told in one line on standard error (--debug: with traceback). 1:
-    what failed after training had begun, or a full disk, told likewise; another try may go on. 75:
-    SIGTERM or SIGUSR1 during training, which has saved what it had: start it again. 130: Ctrl-C.
-    141: nobody reads standard output any more. See exit_status.
+    what failed after training had begun, a full disk, or a URL that cannot be reached, told
+    likewise; another try may go on. 75: SIGTERM or SIGUSR1 during training, which has saved what it
+    had: start it again. 130: Ctrl-C. 141: nobody reads standard output any more. See exit_status.
     """
     args = parse(argv)
     try:

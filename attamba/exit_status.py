@@ -1,7 +1,8 @@
 """What the command leaves with, besides 0. Known without torch."""
 
 FAILED = 1
-"""What went well until then, and may the next time: a full disk, a machine that is gone."""
+"""What went well until then, and may the next time: a full disk, a machine that is gone, a URL that
+cannot be reached."""
 MISTAKE = 2
 """A mistake in the command, which would be made again."""
 REQUEUE = 75

@@ -76,7 +76,7 @@ def find_files(root: str) -> list[File]:
     Sorted by path. Raises DataError if there is nothing to read.
     """
     fs, path = _file_system(root)
-    if not fs.exists(path):
+    if not _exists(fs, path, root):
         if any(sign in root for sign in "*?["):
             return _matches(fs, path, root)
         raise DataError(f"{root} does not exist; check the path")
@@ -146,6 +146,19 @@ def _http_status(error: Any) -> int:
     status = getattr(error, "status", None) or getattr(error, "code", None)
     status = status or getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else 0
+
+
+def _exists(fs: Any, path: str, root: str) -> bool:
+    if fs.exists(path):
+        return True
+    if not is_url(root):
+        return False
+    try:
+        with reaching(root):
+            fs.info(path)  # over HTTP, exists says no of a server that is down
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _file_system(root: str) -> tuple[Any, str]:

@@ -64,10 +64,15 @@ class TokenizedDocument:
 
 
 def is_prepared(path: str | Path) -> bool:
-    """Is it a folder, or the URL of one, that prepare wrote?"""
+    """Is it a folder, or the URL of one, that prepare wrote?
+
+    Raises OSError where that cannot be told: UnreachableError, for one, and DataError for a URL
+    that is refused.
+    """
+    content = open_folder(path).read(MANIFEST)
     try:
-        manifest = json.loads(open_folder(path).read(MANIFEST) or b"")
-    except (OSError, ValueError):
+        manifest = json.loads(content or b"")
+    except ValueError:
         return False
     return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
@@ -101,8 +106,8 @@ class TokenDataset:
         folder: a local path, or a URL that fsspec knows (s3://..., gs://... where their packages
             are installed), whose files are kept in a local cache as they are read.
 
-        Sizes are checked. Contents are checked as they come from a URL; on a local disk they are
-        not: see verify.
+        Raises UnreachableError if the URL cannot be reached. Sizes are checked. Contents are
+        checked as they come from a URL; on a local disk they are not: see verify.
         """
         files = open_folder(folder)
         manifest = _manifest(folder, files)

@@ -197,7 +197,10 @@ class _Texts:
         self, given: str | list[str], key: str, prepared: Path, like: TokenDataset | None
     ) -> TokenDataset:
         paths = [given] if isinstance(given, str) else given
-        ready = [path for path in paths if is_prepared(path)]
+        try:
+            ready = [path for path in paths if is_prepared(path)]
+        except DataError as error:
+            raise DataError(f"{key}: {error}") from error
         if ready and len(paths) > 1:
             raise ConfigError(
                 f"{key}: {ready[0]} is a prepared folder, which must be given alone; prepare all "

@@ -1,10 +1,12 @@
 """Prepared folders at URLs, their cache, and checksums."""
 
 import json
+import socket
 import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,14 +15,18 @@ from attamba.cli import main
 from attamba.data import (
     DataError,
     TokenDataset,
+    UnreachableError,
     is_prepared,
     load_tokenizer,
     prepare,
     read_documents,
     train_bpe,
 )
+from attamba.exit_status import FAILED, MISTAKE
 
 fsspec = pytest.importorskip("fsspec")
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -198,6 +204,42 @@ def test_shards_over_http_that_may_not_be_read(prepared, serve):
     prepared.rename(prepared.with_name("secret"))
     with pytest.raises(DataError, match=rf"{url}/secret/manifest\.json is refused \(403, "):
         TokenDataset.open(f"{url}/secret")
+
+
+@pytest.mark.parametrize("status", [503, 429])
+def test_a_server_that_is_busy_may_be_asked_again(serve, status):
+    class Busy(Quiet):
+        def do_GET(self):
+            self.send_error(status)
+
+        do_HEAD = do_GET
+
+    _, url = serve(Busy)
+    for ask in (is_prepared, TokenDataset.open, lambda path: list(read_documents(path))):
+        with pytest.raises(UnreachableError, match=rf"{url}/out.* cannot be reached \({status}, "):
+            ask(f"{url}/out")
+
+
+def test_a_url_that_cannot_be_reached_on_the_command_line(tmp_path, capsys):
+    pytest.importorskip("aiohttp")
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/x"
+    for command, asked in [
+        (["data", "verify", url], f"{url}/manifest.json"),
+        (["data", "prepare", f"{tmp_path}/out", url], url),
+        (["train", str(TINY), f"data.train={url}", f"out={tmp_path}/run"], f"{url}/manifest.json"),
+    ]:
+        assert main(command) == FAILED
+        (told,) = capsys.readouterr().err.splitlines()
+        assert told.startswith(f"attamba: error: {asked} cannot be reached (Cannot connect to host")
+
+
+def test_a_url_that_does_not_exist_is_a_mistake(serve, tmp_path, capsys):
+    _, url = serve(Quiet)
+    assert not is_prepared(f"{url}/none")
+    assert not is_prepared(f"file://{tmp_path}/a.jsonl")
+    assert main(["train", str(TINY), f"data.train={url}/none", f"out={tmp_path}/run"]) == MISTAKE
+    assert f"data.train: {url}/none does not exist; check the path" in capsys.readouterr().err
 
 
 def test_http_without_its_package(monkeypatch):
