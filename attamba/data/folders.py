@@ -1,23 +1,30 @@
 """The files of a prepared folder: on a local disk, or at a URL and kept in a cache.
 
 A file of a URL is read whole when it is first asked for, and its SHA-256 is compared before it is
-used. The cache is $ATTAMBA_CACHE, else ~/.cache/attamba; what is there is named by its SHA-256, so
-that folders share it and nothing in it is ever out of date. It is never tidied: it may be deleted.
+used; where it cannot be reached, that is tried a few times. The cache is $ATTAMBA_CACHE, else
+~/.cache/attamba; what is there is named by its SHA-256, so that folders share it and nothing in it
+is ever out of date. It is never tidied: it may be deleted.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from .errors import DataError
+from .errors import DataError, UnreachableError
 from .files import sha256
 from .inputs import is_url, open_url, reaching
 
+logger = logging.getLogger(__name__)
+
+PAUSES = (1, 4, 16)
+"""Seconds before another try to fetch a file."""
 ANEW = "prepare the data anew (attamba data prepare)"
 
 
@@ -129,11 +136,25 @@ class RemoteFolder:
         kept.parent.mkdir(parents=True, exist_ok=True)
         aside = kept.with_name(f".{kept.name}.{os.getpid()}")
         try:
-            with reaching(f"{self.url}/{name}"):
-                self._fs.get_file(f"{self._path}/{name}", str(aside))
+            self._get(name, aside)
             yield aside
         finally:
             aside.unlink(missing_ok=True)
+
+    def _get(self, name: str, to: Path) -> None:
+        """Read a file, and again after each of PAUSES where it cannot be reached."""
+        url = f"{self.url}/{name}"
+        for pause in (*PAUSES, None):
+            try:
+                with reaching(url):
+                    self._fs.get_file(f"{self._path}/{name}", str(to))
+                return
+            except UnreachableError as error:
+                if pause is None:
+                    raise
+                why = str(error.__cause__) or type(error.__cause__).__name__
+                logger.warning("%s cannot be reached (%s); trying again in %d s", url, why, pause)
+                time.sleep(pause)
 
 
 def _kept(name: str, entry: dict[str, Any]) -> Path:

@@ -1,5 +1,6 @@
 """Prepared folders at URLs, their cache, and checksums."""
 
+import errno
 import json
 import socket
 import sys
@@ -240,6 +241,62 @@ def test_a_url_that_does_not_exist_is_a_mistake(serve, tmp_path, capsys):
     assert not is_prepared(f"file://{tmp_path}/a.jsonl")
     assert main(["train", str(TINY), f"data.train={url}/none", f"out={tmp_path}/run"]) == MISTAKE
     assert f"data.train: {url}/none does not exist; check the path" in capsys.readouterr().err
+
+
+class Failing:
+    """Stands for get_file of the file system at memory://; fails as told, then no more."""
+
+    def __init__(self, memory, monkeypatch, *errors):
+        self.errors, self.asked, get = list(errors), 0, memory.get_file
+
+        def get_file(fs, path, to):
+            self.asked += 1
+            if self.errors:
+                Path(to).write_bytes(b"the begin of it")
+                raise self.errors.pop(0)
+            get(path, to)
+
+        monkeypatch.setattr(type(memory), "get_file", get_file)
+        monkeypatch.setattr("attamba.data.folders.PAUSES", (0, 0, 0))
+
+
+def test_a_short_outage_is_waited_for(prepared, memory, monkeypatch, caplog):
+    failing = Failing(memory, monkeypatch, ConnectionResetError("reset by peer"), TimeoutError())
+    there = TokenDataset.open("memory://prepared")
+    assert np.array_equal(there.tokens(0, 5), TokenDataset.open(prepared).tokens(0, 5))
+    assert failing.asked == 3
+    name = "memory://prepared/tokens-00000-000.bin"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{name} cannot be reached ({why}); trying again in 0 s"
+        for why in ("reset by peer", "TimeoutError")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "times"),
+    [
+        (ConnectionRefusedError("refused"), UnreachableError, 4),
+        (OSError(errno.EIO, "busy"), UnreachableError, 4),
+        (FileNotFoundError("none"), FileNotFoundError, 1),
+        (PermissionError("Forbidden"), DataError, 1),
+        (OSError(errno.ENOSPC, "No space left on device"), OSError, 1),
+    ],
+)
+def test_what_is_tried_again(memory, cache, monkeypatch, error, raised, times):
+    failing = Failing(memory, monkeypatch, *[error] * 9)
+    with pytest.raises(raised, match=str(error.args[-1])):
+        TokenDataset.open("memory://prepared").tokens(0, 5)
+    assert failing.asked == times
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
+def test_what_was_altered_is_not_fetched_again(memory, monkeypatch):
+    name = "/prepared/tokens-00000-000.bin"
+    memory.pipe_file(name, bytes(len(memory.cat_file(name))))
+    failing = Failing(memory, monkeypatch)
+    with pytest.raises(DataError, match="is not what its manifest says"):
+        TokenDataset.open("memory://prepared").tokens(0, 5)
+    assert failing.asked == 1
 
 
 def test_http_without_its_package(monkeypatch):
