@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +37,9 @@ class Folder(Protocol):
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where that is unknown. Raises FileNotFoundError."""
+
+    def holds(self, pattern: str) -> bool:
+        """Is a file here whose name matches, as tokens-*.bin does?"""
 
     def is_whole(self, name: str, entry: dict[str, Any]) -> bool:
         """Is the content, read now, what the manifest says? Of a URL's file that is kept in the
@@ -62,6 +66,9 @@ class LocalFolder:
 
     def size(self, name: str) -> int | None:
         return (self.path / name).stat().st_size
+
+    def holds(self, pattern: str) -> bool:
+        return any(self.path.glob(pattern))
 
     def is_whole(self, name: str, entry: dict[str, Any]) -> bool:
         return sha256(self.path / name) == entry["sha256"]
@@ -91,6 +98,9 @@ class RemoteFolder:
             return size
         with reaching(f"{self.url}/{name}"):
             return self._fs.info(f"{self._path}/{name}")["size"]
+
+    def holds(self, pattern: str) -> bool:
+        return any(fnmatch(name, pattern) for name in self._listing)
 
     @cached_property
     def _listing(self) -> dict[str, int | None]:

@@ -30,6 +30,7 @@ from .inputs import is_url
 from .tokenizer import Tokenizer, load_tokenizer
 
 MANIFEST = "manifest.json"
+SHARDS = "tokens-*.bin"
 FORMAT = "attamba-tokens"
 VERSION = 1
 
@@ -64,17 +65,20 @@ class TokenizedDocument:
 
 
 def is_prepared(path: str | Path) -> bool:
-    """Is it a folder, or the URL of one, that prepare wrote?
+    """Is it a folder, or the URL of one, that prepare wrote? Also if its manifest is damaged now.
 
     Raises OSError where that cannot be told: UnreachableError, for one, and DataError for a URL
     that is refused.
     """
-    content = open_folder(path).read(MANIFEST)
-    try:
-        manifest = json.loads(content or b"")
-    except ValueError:
+    files = open_folder(path)
+    content = files.read(MANIFEST)
+    if content is None:
         return False
-    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    try:
+        manifest = json.loads(content)
+    except ValueError:
+        manifest = None
+    return _is_ours(manifest) or files.holds(SHARDS)
 
 
 class TokenDataset:
@@ -120,7 +124,9 @@ class TokenDataset:
                     )
             return cls(Path(folder) if not is_url(folder) else str(folder), files, manifest)
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{folder}/{MANIFEST} is damaged ({error!r}); {ANEW}") from error
+            raise DataError(
+                f"{folder}/{MANIFEST} is damaged ({error!r}); restore it or {ANEW}"
+            ) from error
 
     def verify(self, progress: Callable[[int], None] | None = None) -> None:
         """Read every file and compare its SHA-256. Raises DataError naming those that differ.
@@ -249,6 +255,10 @@ def _wrong_size(files: Folder, name: str, n_bytes: int) -> str | None:
     return None if size in (None, n_bytes) else f"has {size} bytes"
 
 
+def _is_ours(manifest: Any) -> bool:
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
 def _manifest(folder: str | Path, files: Folder) -> dict[str, Any]:
     path = f"{folder}/{MANIFEST}"
     content = files.read(MANIFEST)
@@ -260,9 +270,9 @@ def _manifest(folder: str | Path, files: Folder) -> dict[str, Any]:
     try:
         manifest = json.loads(content)
     except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}); {ANEW}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{path} is not the manifest of a prepared folder; {ANEW}")
+        raise DataError(f"{path} is damaged ({error}); restore it or {ANEW}") from error
+    if not _is_ours(manifest):
+        raise DataError(f"{path} is not the manifest of a prepared folder; restore it or {ANEW}")
     if manifest.get("version") != VERSION:
         raise DataError(
             f"{path} has version {manifest.get('version')}, this program reads version {VERSION}; "

@@ -315,10 +315,27 @@ def test_no_manifest(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "other"}'])
 def test_damaged_manifest(prepared, content):
+    """It is still no folder of texts: one that lies there would be trained on."""
     (prepared / "manifest.json").write_text(content)
-    assert not is_prepared(prepared)
-    with pytest.raises(DataError, match=r"manifest\.json is (damaged|not the manifest)"):
-        TokenDataset.open(prepared)
+    (prepared / "readme.txt").write_text("no text to train on")
+    for path in (prepared, f"file://{prepared}"):
+        assert is_prepared(path)
+        with pytest.raises(
+            DataError,
+            match=r"manifest\.json is (damaged|not the manifest).*; restore it or prepare",
+        ):
+            TokenDataset.open(path)
+
+
+def test_texts_beside_a_manifest_of_another_kind(tmp_path):
+    for content in ("{", '{"format": "other"}'):
+        (tmp_path / "manifest.json").write_text(content)
+        assert not is_prepared(tmp_path) and not is_prepared(f"file://{tmp_path}")
+
+
+def test_data_with_a_damaged_manifest_can_be_prepared_anew(prepared, corpus):
+    (prepared / "manifest.json").write_text("{")
+    assert prepare(corpus, prepared, load_tokenizer("bytes")).n_documents
 
 
 @pytest.mark.parametrize("change", [{"files": None}, {"files": {"a": 1}}, {"n_tokens": ...}])
@@ -326,7 +343,9 @@ def test_manifest_with_missing_entries(prepared, change):
     path = prepared / "manifest.json"
     manifest = json.loads(path.read_text()) | change
     path.write_text(json.dumps({k: v for k, v in manifest.items() if v is not ...}))
-    with pytest.raises(DataError, match=r"manifest\.json is damaged .*; prepare the data anew"):
+    with pytest.raises(
+        DataError, match=r"manifest\.json is damaged .*; restore it or prepare the data"
+    ):
         TokenDataset.open(prepared)
 
 
