@@ -249,8 +249,10 @@ class Loop:
                     f"Told to leave, as other ranks that are gone already; {goes_on}"
                 ) from error
             if is_lost(error):
+                cause = (str(error).splitlines() or [type(error).__name__])[0]
                 raise RankLost(
-                    f"another rank is gone, which has said why unless it was killed; {goes_on}"
+                    f"another rank is gone, which has said why unless it was killed ({cause}); "
+                    f"{goes_on}"
                 ) from error
             raise
         finally:

@@ -316,7 +316,8 @@ def test_a_rank_that_is_left_says_so_in_a_line(make_config):
     try:
         processes[0].join(60)
         told = Path(f"{config.out}.told").read_text()
-        assert told.startswith("another rank is gone, which has said why unless it was killed; ")
+        assert told.startswith("another rank is gone, which has said why unless it was killed (")
+        assert "by peer" in told
         assert told.count("\n") == 0 and config.out in told
     finally:
         for process in processes:
