@@ -151,10 +151,10 @@ def full_disk(config: RunConfig) -> str:
     """Of the second checkpoint what rank 1 wrote cannot be read again."""
     from attamba.train.sharded import entry
 
-    def fail(path: Path) -> dict:
+    def fail(path: Path, *rest: Callable[[], None]) -> dict:
         if path.name.startswith("shard-00002") and list_checkpoints(config.out):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return entry(path)
+        return entry(path, *rest)
 
     sharded.entry = fail
     return refused(config)
