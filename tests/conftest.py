@@ -64,6 +64,7 @@ LONG = (
     "test_compress_scan_triton.py",
     "test_tasks.py",
     "test_chunk_attention_triton.py",
+    "test_launch_agent.py",
     "test_launch.py",
     "test_float8.py",
     "test_parallel_checkpoints.py",

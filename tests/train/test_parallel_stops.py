@@ -10,7 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -158,9 +161,27 @@ def test_a_second_signal_changes_nothing_for_the_patient():
 # --------------------------------------------------------------------------------------------
 
 
+def tell_in_a_file(config: RunConfig) -> None:
+    """This rank's standard error goes into a file, see hung_run."""
+    os.dup2(os.open(f"{config.out}.err{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY), 2)
+
+
+@contextmanager
+def hung_run(work: Callable[..., None], config: RunConfig, *args: Any) -> Iterator[tuple[str, Any]]:
+    """What rank 0 of two said of a run that hangs and ends for it, and the ranks' processes."""
+    processes, _ = start_ranks(2, work, config, *args)
+    try:
+        processes[0].join(30)
+        assert processes[0].exitcode == exit_status.HANG
+        yield Path(f"{config.out}.err0").read_text(), processes
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def hang(config: RunConfig, how: str) -> None:
     """Rank 1 never comes to the end of reading its fourth rows."""
-    os.dup2(os.open(f"{config.out}.err{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY), 2)
+    tell_in_a_file(config)
     batch = Batches.batch
 
     def slow(self: Batches, step: int):
@@ -183,24 +204,17 @@ def hang(config: RunConfig, how: str) -> None:
 )
 def test_a_rank_that_hangs_is_named(make_config, how, text):
     config = make_config({"parallel.hang_timeout": 2.0})
-    processes, _ = start_ranks(2, hang, config, how)
-    try:
-        processes[0].join(30)
-        assert processes[0].exitcode == exit_status.HANG
-        said = Path(f"{config.out}.err0").read_text()
+    with hung_run(hang, config, how) as (said, processes):
         assert "nothing has moved for 2 seconds (parallel.hang_timeout)" in said
         assert text in said, said
         if how == "asleep":
             processes[1].join(30)
             assert processes[1].exitcode == exit_status.HANG
-    finally:
-        for process in processes:
-            process.kill()
 
 
 def prepare_slowly(config: RunConfig, seconds: float, stopped: bool) -> None:
     """Rank 0 takes so long to prepare texts; rank 1 waits for it, or is stopped meanwhile."""
-    os.dup2(os.open(f"{config.out}.err{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY), 2)
+    tell_in_a_file(config)
     open_sources = loop.open_sources
 
     def slow(*args, **kwargs):
@@ -216,14 +230,8 @@ def prepare_slowly(config: RunConfig, seconds: float, stopped: bool) -> None:
 
 def test_a_rank_that_is_gone_before_the_first_step_is_named(make_config):
     config = make_config({"parallel.hang_timeout": 2.0})
-    processes, _ = start_ranks(2, prepare_slowly, config, 60.0, True)
-    try:
-        processes[0].join(30)
-        assert processes[0].exitcode == exit_status.HANG
-        assert "rank 1 does not answer" in Path(f"{config.out}.err0").read_text()
-    finally:
-        for process in processes:
-            process.kill()
+    with hung_run(prepare_slowly, config, 60.0, True) as (said, _):
+        assert "rank 1 does not answer" in said
 
 
 def test_ranks_may_wait_for_texts_longer_than_a_step_may_take(make_config):
@@ -237,7 +245,7 @@ def write_slowly(config: RunConfig, blocks: int, told: bool) -> None:
 
     told: rank 1 gets a signal that is to save and leave, before its third step.
     """
-    os.dup2(os.open(f"{config.out}.err{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY), 2)
+    tell_in_a_file(config)
     hash_files, batch = Saver._hash, Batches.batch
 
     def slow(self: Saver, aside: Path):
@@ -271,14 +279,8 @@ def test_a_checkpoint_may_take_longer_to_write_than_a_step_may(make_config, told
 def test_a_checkpoint_whose_writing_does_not_go_on_ends_the_run(make_config):
     change = {"train.steps": 4, "train.save_every": 2, "parallel.hang_timeout": 1.0}
     config = make_config(change)
-    processes, _ = start_ranks(2, write_slowly, config, 1, False)
-    try:
-        processes[0].join(30)
-        assert processes[0].exitcode == exit_status.HANG
-        assert "all ranks wait at saving" in Path(f"{config.out}.err0").read_text()
-    finally:
-        for process in processes:
-            process.kill()
+    with hung_run(write_slowly, config, 1, False) as (said, _):
+        assert "all ranks wait at saving" in said
 
 
 def test_who_is_suspected():
