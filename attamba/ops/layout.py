@@ -8,3 +8,9 @@ from torch import Tensor
 def last_dense(t: Tensor) -> Tensor:
     """t, its last dimension without gaps; a copy where it has some."""
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def even_rows(t: Tensor) -> Tensor:
+    """[B, T, C] with tokens evenly spaced in memory, over rows too; a copy where they are not."""
+    even = t.stride(2) == 1 and (t.shape[0] == 1 or t.stride(0) == t.shape[1] * t.stride(1))
+    return t if even else t.contiguous()

@@ -219,25 +219,25 @@ def _conv_backward(
 @triton.jit(do_not_specialize=["seq", "span", "starts_stride"])
 def compress_backward_kernel(
     proj, conv_weight, A, dt_bias, D, starts, y_k, y_v, rstd, dy_k, dy_v,
-    dproj, dweight, dscalars,
+    dproj, sums,
     seq, span, starts_stride, stride, dstride,
     E: tl.constexpr, S: tl.constexpr, N: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr,
     Q: tl.constexpr, NP: tl.constexpr, WP: tl.constexpr, PRECISION: tl.constexpr,
     SP: tl.constexpr, PTX: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dproj [B*T, width] and each program's share of the parameters' gradients.
+    """dproj [B*T, width] and each span's share of the parameters' gradients.
 
-    dweight: float32 [programs, TAPS, E + 2N], zeros; columns x | B | C of the program's compressor.
-    dscalars: float32 [programs, 3, S]; A, dt_bias, D. stride, dstride: from token to token of
-    proj and of dproj.
+    sums: float32 [spans, TAPS (2E + 4N) + 3 * 2 * S], zeros; of a span, that of the taps, columns
+    as in proj, then those of A, dt_bias and D, of both compressors. stride, dstride: from token to
+    token of proj and of dproj.
     """
     kv = tl.program_id(0)
     y, dy = one_of(kv, y_k, y_v), one_of(kv, dy_k, dy_v)
     batch = tl.program_id(2)
-    program = (batch * tl.num_programs(1) + tl.program_id(1)) * 2 + kv
-    PER_TAP: tl.constexpr = E + 2 * N
-    dweight += program.to(tl.int64) * (TAPS * PER_TAP)
-    dscalars += program.to(tl.int64) * (3 * S)
+    PER_TAP: tl.constexpr = 2 * E + 4 * N
+    own_span = batch * tl.num_programs(1) + tl.program_id(1)
+    dweight = sums + own_span.to(tl.int64) * (TAPS * PER_TAP + 6 * S)
+    dscalars = dweight + TAPS * PER_TAP + kv * S
     starts += batch.to(tl.int64) * starts_stride
     begin = _first_start(starts, tl.program_id(1) * span, seq, Q)
     stop = _first_start(starts, (tl.program_id(1) + 1) * span, seq, Q)
@@ -331,7 +331,7 @@ def compress_backward_kernel(
 
             dx *= x_gate + x * (1.0 - x_gate)
             dx = _conv_backward(
-                dx, x_in, weight, w < W, dweight + head * W + w, row, first,
+                dx, x_in, weight, w < W, dweight + kv * E + head * W + w, row, first,
                 PER_TAP, TAPS, Q, PRECISION,
             )  # fmt: skip
             tl.store(dhere + 2 * E + head * W + z_to, dx.to(DTYPE), mask=w_exists)
@@ -359,16 +359,16 @@ def compress_backward_kernel(
         dread = tl.dot(dscores, write.to(DTYPE), input_precision=PRECISION)
         dread = _conv_backward(
             dread * (c_gate + read * (1.0 - c_gate)), c_in, c_weight, n < N,
-            dweight + E + N + n, row, first, PER_TAP, TAPS, Q, PRECISION,
+            dweight + 2 * E + (2 + kv) * N + n, row, first, PER_TAP, TAPS, Q, PRECISION,
         )  # fmt: skip
         tl.store(dhere + b_to + 2 * N, dread.to(DTYPE), mask=n_exists)
         dwrite = tl.dot(tl.trans(dscores), read.to(DTYPE), input_precision=PRECISION)
         dwrite = _conv_backward(
             dwrite * (b_gate + write * (1.0 - b_gate)), b_in, b_weight, n < N,
-            dweight + E + n, row, first, PER_TAP, TAPS, Q, PRECISION,
+            dweight + 2 * E + kv * N + n, row, first, PER_TAP, TAPS, Q, PRECISION,
         )  # fmt: skip
         tl.store(dhere + b_to, dwrite.to(DTYPE), mask=n_exists)
         begin = end
     tl.store(dscalars + heads, drate, mask=heads < S)
-    tl.store(dscalars + S + heads, dbias, mask=heads < S)
-    tl.store(dscalars + 2 * S + heads, dskip, mask=heads < S)
+    tl.store(dscalars + 2 * S + heads, dbias, mask=heads < S)
+    tl.store(dscalars + 4 * S + heads, dskip, mask=heads < S)

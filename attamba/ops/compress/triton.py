@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attamba.ops.chunk_scan.triton import filled, writes_ptx
 from attamba.ops.compress.kernels import compress_backward_kernel, compress_forward_kernel
+from attamba.ops.layout import even_rows
 
 
 class Launch(NamedTuple):
@@ -133,21 +134,20 @@ def compress_backward(
     """Gradients of proj, of conv_weight, and of A, dt_bias and D, float32 [3, 2, S]."""
     plan = _Plan.make(proj, conv_weight, A, state_dim)
     span, grid = plan.spans(BACKWARD)
-    programs = grid[1] * plan.batch
     proj, starts, starts_stride = even_rows(proj), *flags(starts)
     dproj = proj.new_empty(proj.shape)
-    channels = plan.inner + 2 * state_dim
-    dweight = proj.new_zeros(programs, 2, plan.taps, channels, dtype=torch.float32)
-    dscalars = proj.new_empty(programs, 2, 3, plan.heads, dtype=torch.float32)
+    # One tensor, and so one sum, since kernels as short as these cost most by their number.
+    numbers = conv_weight.numel(), 3 * 2 * plan.heads
+    sums = proj.new_zeros(grid[1] * plan.batch, sum(numbers), dtype=torch.float32)
     compress_backward_kernel[grid](
         proj, *(t.contiguous() for t in (conv_weight, A, dt_bias, D)), starts,
-        *(t.contiguous() for t in (y_k, y_v, rstd, dy_k, dy_v)), dproj, dweight, dscalars,
+        *(t.contiguous() for t in (y_k, y_v, rstd, dy_k, dy_v)), dproj, sums,
         plan.seq, span, starts_stride, proj.stride(1), dproj.stride(1),
         **plan.constants(), **plan.options(BACKWARD),
     )  # fmt: skip
-    parts = dweight.sum(0).transpose(1, 2).split([plan.inner, state_dim, state_dim], 1)
-    dconv = torch.cat([part.flatten(0, 1) for part in parts])
-    return dproj, dconv.to(conv_weight.dtype), dscalars.sum(0).transpose(0, 1).contiguous()
+    dweight, dscalars = sums.sum(0).split(numbers)
+    dconv = dweight.view(plan.taps, -1).t().clone(memory_format=torch.contiguous_format)
+    return dproj, dconv.to(conv_weight.dtype), dscalars.view(3, 2, plan.heads)
 
 
 @compress_backward.register_fake
@@ -234,12 +234,6 @@ class _Plan:
             "PRECISION": "ieee" if self.exact else "tf32",
             "PTX": writes_ptx(),
         }
-
-
-def even_rows(t: Tensor) -> Tensor:
-    """[B, T, C] whose tokens are evenly spaced in memory, over rows too."""
-    even = t.stride(2) == 1 and (t.shape[0] == 1 or t.stride(0) == t.shape[1] * t.stride(1))
-    return t if even else t.contiguous()
 
 
 def flags(starts: Tensor) -> tuple[Tensor, int]:

@@ -20,7 +20,8 @@ from attamba.ops.chunk_scan.kernels import pass_states
 from attamba.ops.chunk_scan.triton import BLOCK, FOUR_WARPS, GROUP, filled, writes_ptx
 from attamba.ops.compress.scan import kernels
 from attamba.ops.compress.scan.backward import kernels as backward
-from attamba.ops.compress.triton import even_rows, flags, processors_of
+from attamba.ops.compress.triton import flags, processors_of
+from attamba.ops.layout import even_rows
 
 
 class Launch(NamedTuple):
