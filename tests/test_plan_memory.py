@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from planning import DIM, MIXERS, NARROW, ROWS, TRANSFORMER, run_config
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -22,6 +21,7 @@ import attamba
 from attamba.config import RunConfig
 from attamba.models.accounting import n_parameters
 from attamba.ops.chunking import make_span
+from attamba.ops.cross_entropy import cross_entropy
 from attamba.plan import memory, traffic
 from attamba.plan.activations import layer_keeps
 from attamba.plan.layout import make_layout
@@ -55,11 +55,12 @@ def saved_bytes(mixer: dict[str, Any], seq: int, dtype: torch.dtype) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def of_a_cpu(config: attamba.ModelConfig) -> int:
-    """Bytes per token that only a CPU keeps: results of norms that have a gain, float32."""
+def of_a_cpu(config: attamba.ModelConfig, c: int = 4) -> int:
+    """Bytes per token that only a CPU keeps: results of norms that have a gain, float32; SiLU and
+    product of the feed-forward part, c bytes a number."""
     mixer = config.layer_mixers()[0]
     inner = mixer.inner(config.dim) if mixer.type == "mamba2" else 0
-    return 4 * (2 * config.dim + inner)
+    return 4 * (2 * config.dim + inner) + 2 * c * (config.ffn_dim or 3 * config.dim)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -76,7 +77,8 @@ def test_a_layer_keeps_what_it_saves(name, dtype):
     heads = getattr(config.layer_mixers()[0], "n_heads", None)
     rotary = 0 if heads is None else 4 * DIM // heads
     kept = layer_keeps(config, config.layer_mixers()[0], dtype.itemsize).everything
-    assert kept + rotary + of_a_cpu(config) == pytest.approx(measured, rel=0.01)
+    of_cpu = of_a_cpu(config, dtype.itemsize)
+    assert kept + rotary + of_cpu == pytest.approx(measured, rel=0.01)
 
 
 def test_the_kernel_s_longest_chunk_is_the_plan_s():
@@ -111,7 +113,7 @@ def test_activations_of_a_model(kind):
     }[kind]
     around = 4 * 16 + 4 * DIM + 4 + 4 * DIM  # rotary table, final norm, head
     assert held["activations"] == (3 * of_a_layer + around) * 2 * 64
-    logits = 12 * 50
+    logits = 8 * 50
     most = logits if kind == "none" else max(logits, layers[0].everything)
     assert held["loss, or one layer anew"] == most * 2 * 64
     assert layers[0].products < layers[0].everything
@@ -189,29 +191,32 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-def test_the_loss_holds_twelve_bytes_per_logit():
-    """At the peak, which is in the backward pass; in both dtypes, and nothing else of weight."""
-    hidden, head = torch.randn(64, 8), torch.randn(4000, 8, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_holds_logits_and_their_gradient(dtype):
+    """At the peak, which is in the backward pass, and nothing else of weight."""
+    pytest.importorskip("triton")
+    hidden, head = torch.randn(64, 1), torch.randn(4000, 1, requires_grad=True)
     targets = torch.zeros(64, dtype=torch.long)
-    for dtype in (torch.float32, torch.bfloat16):
-        with Alive([hidden, head]) as alive:
-            logits = hidden.to(dtype) @ head.to(dtype).T
-            loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-            del logits
-            loss.backward()
-        assert alive.peak == pytest.approx(12 * 4000 * 64, rel=0.02)
+    with Alive([hidden, head]) as alive:
+        logits = hidden.to(dtype) @ head.to(dtype).T
+        loss = cross_entropy(logits, targets, -100, backend="triton").sum()
+        del logits
+        loss.backward()
+    assert alive.peak == pytest.approx(2 * dtype.itemsize * 4000 * 64, rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["none", "full"])
 @pytest.mark.parametrize("vocab_size", [50, 2000])
 def test_the_peak_of_a_whole_pass(kind, vocab_size):
-    """Of a model's second pass, so that gradients are there: to 5%, weights and optimizer aside.
+    """Of a model's second pass, so that gradients are there: to 6%, weights and optimizer aside,
+    and what is added to the head's gradient, which is made while that of the logits is there.
 
     Where the loss is small the peak is elsewhere: one layer's backward pass, which the plan leaves
     out, makes gradients of its activations.
     """
     from attamba.train.parallelize import parallelize
 
+    pytest.importorskip("triton")
     config = run_config(
         TRANSFORMER,
         model={"vocab_size": vocab_size, "n_layers": 6},
@@ -223,15 +228,15 @@ def test_the_peak_of_a_whole_pass(kind, vocab_size):
     ids = torch.zeros(1, 256, dtype=torch.long)
 
     def loss() -> Tensor:  # logits do not outlive it, as they do not in training
-        return F.cross_entropy(forward(ids).flatten(0, 1), ids.flatten())
+        return cross_entropy(forward(ids).flatten(0, 1), ids.flatten(), -100, "triton").mean()
 
     loss().backward()
     with Alive([t for p in model.parameters() for t in (p, p.grad)]) as alive:
         loss().backward()
     held = memory.activations(config, make_layout(config))
     layers = {"none": 6, "full": 1}[kind] if vocab_size == 50 or kind == "none" else 0
-    planned = sum(held.values()) + layers * of_a_cpu(config.model) * 256
-    assert alive.peak == pytest.approx(planned, rel=0.05)
+    planned = sum(held.values()) + layers * of_a_cpu(config.model) * 256 + 4 * vocab_size * DIM
+    assert alive.peak == pytest.approx(planned, rel=0.06)
 
 
 # --------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from attamba.config import AttambaMixer
 from attamba.modules.cache import LayerCache, ScanState, State
 from attamba.modules.compressor import Compressors
 from attamba.modules.kv_cache import KVCache, attend_token
-from attamba.modules.layers import RMSNorm, Rotary, linear, plain, product, rotate
+from attamba.modules.layers import RMSNorm, Rotary, linear, plain, product
 from attamba.modules.mixer import AttentionInputs, TimeMixer
 from attamba.modules.pooling import GatedPooling, MeanPooling
 from attamba.modules.strided import StridedCompressors
@@ -34,6 +34,7 @@ from attamba.ops.chunking import (
     row_starts,
 )
 from attamba.ops.first_scores import last_key_scores
+from attamba.ops.rotary import with_direct, with_positions
 from attamba.ops.shared_rows import shared_attention, with_open_chunk
 from attamba.ops.thin_linear import Norm, normed_linear, thin_linear
 
@@ -142,7 +143,6 @@ class ChunkAttention(TimeMixer):
     ) -> Tensor:
         """One token after those in the cache, [B, 1, H * D]."""
         assert cache.kv is not None
-        added = None
         if self.has_step:
             assert isinstance(self.compressors, Compressors) and made.for_state is not None
             assert isinstance(cache.state, ScanState)
@@ -150,14 +150,16 @@ class ChunkAttention(TimeMixer):
             if self.resets:
                 self._check_shared(ends)
                 starts = cache.kv.last_end
-            more = self.compressors.step(made.for_state[:, 0], starts, span, cache.state)
-            added = self._heads(more[0], more[1])
+            more = self._heads(
+                *self.compressors.step(made.for_state[:, 0], starts, span, cache.state)
+            )
             k, v = (made.u, made.u) if made.kv is None else made.kv.chunk(2, -1)
         else:
             k, v = self._keys_and_values(made.u, ends, span, cache)
+            more = None
         q = made.q.unflatten(-1, (self.n_heads, self.head_dim))
         k, v = self._heads(k.to(q.dtype), v.to(q.dtype))
-        return attend_token(q, k, v, ends, self.rotary(span), span, cache.kv, added)
+        return attend_token(q, k, v, ends, self.rotary(span), span, cache.kv, more)
 
     def _heads(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """[..., G * D] -> [..., G, D]."""
@@ -199,10 +201,11 @@ class ChunkAttention(TimeMixer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, H, D], keys and values [B, T, G, D], positions applied."""
         q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
-        k, v = self._keys_and_values(x, ends, span, cache)
-        k, v = self._heads(k.to(q.dtype), v.to(q.dtype))
-        rotary = self.rotary(span)
-        return rotate(q, rotary), rotate(k, rotary), v
+        k, v, direct = self._parts(x, ends, span, cache)
+        direct = None if direct is None else direct.to(q.dtype)
+        return with_positions(
+            q, k.to(q.dtype), v.to(q.dtype), self.rotary(span), direct, self.backend
+        )
 
     def attention_inputs(
         self, x: Tensor, span: Span, given: Tensor | None = None
@@ -220,6 +223,15 @@ class ChunkAttention(TimeMixer):
         self, x: Tensor, ends: Tensor, span: Span, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor]:
         """Before positions, [B, T, G * D]."""
+        k, v, direct = self._parts(x, ends, span, cache)
+        if direct is not None:
+            k, v = with_direct(k, v, direct)
+        return k.flatten(2), v.flatten(2)
+
+    def _parts(
+        self, x: Tensor, ends: Tensor, span: Span, cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What is summed to keys and values, see with_positions; k and v [B, T, G, D]."""
         state = None if cache is None else cache.state
         starts = self._starts(ends, span, cache)
         longest = self.boundary.longest if self.resets else None
@@ -228,19 +240,19 @@ class ChunkAttention(TimeMixer):
             u, starts, span = with_open_chunk(x, starts, span, longest)
         own = slice(u.shape[1] - x.shape[1], None)
         if isinstance(self.compressors, MeanPooling):
-            return self._direct(self.compressors(u, starts, span, state)[:, own])
+            direct = self._direct(self.compressors(u, starts, span, state)[:, own])
+            k, v = (direct, direct) if direct.dim() == 4 else direct.unbind(2)
+            return k, v, None
         k, v = self.compressors(u, starts, span, state, longest)
         # Under autocast as the products' inputs are, so that one u is read, not a float32 one too.
-        k_direct, v_direct = self._direct(x.to(k.dtype))
-        return k_direct + k[:, own], v_direct + v[:, own]
+        return *self._heads(k[:, own], v[:, own]), self._direct(x.to(k.dtype))
 
-    def _direct(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """r_k(u) and r_v(u), the path around the compressors."""
+    def _direct(self, u: Tensor) -> Tensor:
+        """The path around the compressors: r_k(u) and r_v(u), [B, T, 2, G, D], or, where both are
+        the same, [B, T, G, D]."""
         if self.wkv is None:
-            u = u[..., self.own_columns]
-            return u, u
-        k, v = self.wkv(u).chunk(2, -1)
-        return k, v
+            return u[..., self.own_columns].unflatten(-1, (self.n_kv_heads, self.head_dim))
+        return self.wkv(u).unflatten(-1, (2, self.n_kv_heads, self.head_dim))
 
     def _starts(self, ends: Tensor, span: Span, cache: LayerCache | None) -> Tensor:
         """Where the compressors' state starts afresh, bool [B or 1, T]; by chunk in whole rows."""

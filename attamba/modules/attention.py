@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from attamba.config import TransformerMixer
 from attamba.modules.cache import LayerCache
 from attamba.modules.kv_cache import KVCache, attend_token
-from attamba.modules.layers import RMSNorm, Rotary, linear, plain, rotate
+from attamba.modules.layers import RMSNorm, Rotary, linear, plain
 from attamba.modules.mixer import AttentionInputs, TimeMixer
 from attamba.ops.chunking import Span
+from attamba.ops.rotary import with_positions
 from attamba.ops.shared_rows import shared_attention
 from attamba.ops.thin_linear import thin_linear
 
@@ -46,7 +47,7 @@ class Attention(TimeMixer):
         kv = None if cache is None else cache.kv
         if kv is not None and x.shape[1] == 1:
             return self.wo(attend_token(q, k, v, None, rotary, span, kv))
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k, v = with_positions(q, k, v, rotary, backend=self.backend)
         if kv is None:
             y = shared_attention(q, k, v, None, span, self.lead, self.backend)
         else:
@@ -85,9 +86,8 @@ class Attention(TimeMixer):
     def attention_inputs(
         self, x: Tensor, span: Span, given: Tensor | None = None
     ) -> AttentionInputs:
-        q, k, _ = self._project(x)
-        rotary = self.rotary(span)
-        return AttentionInputs(rotate(q, rotary), rotate(k, rotary), None, self.lead)
+        q, k, _ = with_positions(*self._project(x), self.rotary(span), backend=self.backend)
+        return AttentionInputs(q, k, None, self.lead)
 
     def new_cache(self, batch: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
         kv = KVCache(

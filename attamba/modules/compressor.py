@@ -102,7 +102,7 @@ class Compressors(nn.Module):
                 backend=self.backend,
             )
             # The norm's gain goes into the smaller factor of the last product.
-            w_k, w_v = (self.out_proj * self.norm_weight[:, None]).unbind(0)
+            w_k, w_v = (self.out_proj * self.norm_weight[:, None]).to(y_k.dtype).unbind(0)
             return F.linear(y_k, w_k), F.linear(y_v, w_v)
         assert state is None or isinstance(state, ScanState)
         return self.finish(*self._scan(proj, A, starts, span, state))

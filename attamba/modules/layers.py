@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attamba.ops.backends import choose
 from attamba.ops.chunking import Span
 from attamba.ops.rotary import rotary_table, rotate, step_table
+from attamba.ops.swiglu import gated_product
 from attamba.ops.thin_linear import Norm, thin_linear
 from attamba.ops.thin_linear.torch import product
 
@@ -52,7 +54,10 @@ class SwiGLU(nn.Module):
         self.w2 = linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, -1)
+        both = self.w13(x)
+        if plain(self.w2) and choose("auto", both.device, both.dtype) == "triton":
+            return gated_product(both, self.w2.weight.to(both.dtype))
+        gate, up = both.chunk(2, -1)
         return self.w2(F.silu(gate) * up)
 
     def step(self, x: Tensor, norm: nn.Module) -> Tensor:
@@ -99,8 +104,15 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def plain(*layers: nn.Module) -> bool:
-    """Do these layers' weights say all that they do? Not so where an adapter took their place."""
-    return all(type(layer) in (Linear, RMSNorm) for layer in layers)
+    """Do these layers' weights say all that they do?
+
+    Not so where an adapter took their place, or a hook waits for what goes through them.
+    """
+    return all(type(layer) in (Linear, RMSNorm) and not _hooked(layer) for layer in layers)
+
+
+def _hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
 
 
 def trunc_normal_(weight: Tensor, fan_in: int) -> None:

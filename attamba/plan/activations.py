@@ -2,7 +2,7 @@
 
 Of eager PyTorch with the Triton kernels of a GPU (backend: auto); what torch.compile recomputes
 instead makes it less. The norms are torch's own fused kernel, which keeps its input and one factor
-per token; a CPU keeps its result besides.
+per token; a CPU keeps its result besides, and SiLU and product of the feed-forward part.
 
 Symbols: d model width, f inner width of SwiGLU, H query heads, G key/value heads, D width of a
 head, E and N inner width and state of a compressor or Mamba-2, S its heads, C channels of a
@@ -49,7 +49,7 @@ def layer_keeps(config: ModelConfig, mixer: Mixer, c: int, tensor: int = 1) -> K
     """What one layer keeps: its two norms, its mixer and its feed-forward part.
 
         norms          2 (4 d + 4)                  their float32 inputs, a factor each
-        feed-forward   c d + 4 c f                  input; W1 x and W3 x, SiLU, product
+        feed-forward   c d + 2 c f                  input; W1 x and W3 x
         mixer          see attention_keeps, compressor_keeps, recurrence_keeps
 
     c: bytes of a number in matrix products.
@@ -59,7 +59,7 @@ def layer_keeps(config: ModelConfig, mixer: Mixer, c: int, tensor: int = 1) -> K
         mixed = attention_keeps(mixer, d, c, tensor)
     else:
         mixed = recurrence_keeps(mixer, d, c, tensor)
-    norms, feed_forward = 2 * (FLOAT32 * d + FLOAT32), c * d + 4 * c * f
+    norms, feed_forward = 2 * (FLOAT32 * d + FLOAT32), c * d + 2 * c * f
     return Kept(
         everything=norms + feed_forward + mixed.everything,
         products=c * (2 * f + d) + mixed.products,

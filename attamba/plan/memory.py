@@ -126,10 +126,10 @@ def activations(config: RunConfig, layout: Layout) -> dict[str, float]:
         rotary positions                      4 D
         final norm and the head's input       4 d + 4 + c d
 
-    and on top, whichever is more: 12 V per token of logits (their float32 copy's log-softmax, its
-    gradient and the gradient of the logits are there at once), or, with checkpointing, what one
-    layer keeps. With context parallelism keys and values from other ranks are held besides: see
-    others_keys.
+    and on top, whichever is more: 2 c V per token of logits (they and their gradient; where tensor
+    ranks share the vocabulary 12 V / n, since a float32 copy's softmax, its gradient and the
+    gradient of the logits are there at once), or, with checkpointing, what one layer keeps. With
+    context parallelism keys and values from other ranks are held besides: see others_keys.
     """
     model, kind = config.model, config.parallel.activation_checkpointing
     c = product_bytes(config)
@@ -142,7 +142,8 @@ def activations(config: RunConfig, layout: Layout) -> dict[str, float]:
     }[kind]
     per_token += FLOAT32 * (model.dim + 1) + c * model.dim
     per_token += max((FLOAT32 * head_dim(m, model.dim) for m in _attending(config)), default=0)
-    logits = 3 * FLOAT32 * model.vocab_size / layout.tensor
+    of_a_logit = 2 * c if layout.tensor == 1 else 3 * FLOAT32
+    logits = of_a_logit * model.vocab_size / layout.tensor
     anew = max(k.everything for k in kept) if kind != "none" else 0.0
     return {
         "activations": per_token * layout.tokens,

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attamba.config import RunConfig
 from attamba.data import UNSCORED, Batch
+from attamba.ops.cross_entropy import cross_entropy
 
 
 class Rows(NamedTuple):
@@ -49,9 +49,7 @@ def logits(
 
 def nats(logits: Tensor, targets: Tensor) -> Tensor:
     """Summed cross entropy, float32, of logits [B, T, V]; UNSCORED targets [B, T] are left out."""
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=UNSCORED
-    )
+    return cross_entropy(logits.flatten(0, 1), targets.flatten(), UNSCORED).sum()
 
 
 def parts(batch: Batch, rows: int) -> Iterator[Batch]:

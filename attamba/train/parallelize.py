@@ -147,7 +147,8 @@ def _recomputed(forward: Forward, *, selective: bool) -> Forward:
 
 
 def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = operator in _PRODUCTS or str(operator).startswith("attamba.chunk_attention")
+    own = "attamba.chunk_attention", "attamba.gated_product"
+    kept = operator in _PRODUCTS or str(operator).startswith(own)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

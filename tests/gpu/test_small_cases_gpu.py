@@ -7,6 +7,9 @@ import torch
 from drawing import VOCAB, build
 
 from attamba.ops import chunk_attention, chunk_scan, compress
+from attamba.ops.cross_entropy import cross_entropy
+from attamba.ops.rotary import rotary_table, with_positions
+from attamba.ops.swiglu import gated_product
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -41,6 +44,27 @@ def test_compress(dtype, longest):
         proj, weight, A, bias, skip, starts, state_dim=5, longest=longest, backend="triton"
     )
     backward(torch.cat(halves, -1), proj, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direct", [(), (2,)])
+def test_positions(dtype, direct):
+    q, k, v = (
+        torch.randn(2, 37, heads, 42, device="cuda", dtype=dtype, requires_grad=True)
+        for heads in (4, 2, 2)
+    )
+    more = torch.randn(2, 37, *direct, 2, 42, device="cuda", dtype=dtype, requires_grad=True)
+    table = rotary_table(torch.arange(37, device="cuda")[None], 42, 1e4)
+    backward(torch.cat(with_positions(q, k, v, table, more, "triton"), 2), q, k, v, more)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_product_and_cross_entropy(dtype):
+    x = torch.randn(2, 19, 2 * 73, device="cuda", dtype=dtype, requires_grad=True)
+    weight = torch.randn(5003, 73, device="cuda", dtype=dtype, requires_grad=True)
+    logits = gated_product(x, weight, "triton").flatten(0, 1)
+    targets = torch.arange(38, device="cuda")
+    backward(cross_entropy(logits, targets, 3, "triton"), x, weight)
 
 
 def test_scan():

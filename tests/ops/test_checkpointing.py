@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attamba.ops import chunk_attention, chunk_scan, compress, linear_scan
+from attamba.ops.cross_entropy import cross_entropy
+from attamba.ops.rotary import rotary_table, with_positions
+from attamba.ops.swiglu import gated_product
 
 SEQ = 20
 LONGEST_OF_SCAN = 100
@@ -49,9 +52,27 @@ def _scan_linearly(a: Tensor, b: Tensor, state: Tensor, backend: str) -> Tensor:
     return linear_scan(a, b, chunk_starts(SEQ, 4), state, backend=backend)
 
 
+def _rotate(q: Tensor, k: Tensor, v: Tensor, direct: Tensor, backend: str) -> Tensor:
+    table = rotary_table(torch.arange(SEQ)[None], 16, 1e4)
+    return torch.cat(with_positions(q, k, v, table, direct, backend=backend), 2)
+
+
+def _score(logits: Tensor, backend: str) -> Tensor:
+    return cross_entropy(logits, torch.arange(len(logits)), -100, backend)
+
+
 def _attention_inputs(seq: int, batch: int) -> dict[str, Tensor]:
     q, *kv = (torch.randn(batch, seq, heads, 16) for heads in (4, 2, 2))
     return {"q": q, **dict(zip("kv", kv))}
+
+
+def _rotary_inputs(seq: int, batch: int) -> dict[str, Tensor]:
+    tensors = _attention_inputs(seq, batch)
+    return {**tensors, "direct": torch.randn_like(tensors["k"])}
+
+
+def _matrices(*shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    return {str(shape): torch.randn(shape) for shape in shapes}
 
 
 _one_head = partial(compress_inputs, heads=1)
@@ -62,6 +83,9 @@ OPERATORS = {
     "compress, long chunks": (_compress_rows, partial(_one_head, dtype=torch.float16)),
     "chunk_scan": (_scan, partial(scan_inputs, heads=2, groups=1)),
     "linear_scan": (_scan_linearly, linear_inputs),
+    "with_positions": (_rotate, _rotary_inputs),
+    "gated_product": (gated_product, lambda seq, batch: _matrices((batch, seq, 24), (5, 12))),
+    "cross_entropy": (_score, lambda seq, batch: _matrices((seq, 30))),
 }
 
 

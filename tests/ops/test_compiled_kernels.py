@@ -41,7 +41,7 @@ NAMES = {
     *("forward_kernel", "dq_kernel", "past_kernel", "window_kernel", "index_kernel"),
     *("compress_forward_kernel", "compress_backward_kernel"),
     *("compress_step_kernel", "attend_step_kernel", "thin_linear_kernel"),
-    *("shared_inputs", "segment_outputs", "scan_gradients", "conv_gradients"),
+    *("shared_inputs", "segment_outputs", "scan_gradients", "conv_gradients", "rotate_kernel"),
     *("tile_states", "tile_outputs", "tile_gradients", "tile_shared_gradients"),
 }
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attamba.ops.backends import choose
 
-__all__ = ["rotary_table", "rotate", "step_table"]
+__all__ = ["rotary_table", "rotate", "step_table", "with_direct", "with_positions"]
 
 
 def frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
@@ -64,3 +64,34 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rotary
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+
+def with_positions(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    direct: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys turned by their positions; `direct` is added to keys and values before.
+
+    q: [B, T, H, D]; k, v: [B, T, G, D]; direct: [B, T, G, D], for keys and values alike, or
+    [B, T, 2, G, D], all of one dtype. rotary: cosine and sine, float32 [B or 1, T, 1, D/2].
+    Raises ValueError for backend "triton" where it cannot run.
+    """
+    if choose(backend, q.device, q.dtype) == "triton":
+        from attamba.ops.rotary.triton import rotate_pair, rotate_sums
+
+        if direct is None:
+            return *rotate_pair(q, k, *rotary, False), v
+        return rotate_sums(q, k, v, direct, *rotary)
+    if direct is not None:
+        k, v = with_direct(k, v, direct)
+    return rotate(q, rotary), rotate(k, rotary), v
+
+
+def with_direct(k: Tensor, v: Tensor, direct: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with `direct`, see with_positions."""
+    direct_k, direct_v = (direct, direct) if direct.dim() == k.dim() else direct.unbind(2)
+    return k + direct_k, v + direct_v

@@ -1,0 +1,25 @@
+"""Cross entropy of a vocabulary's logits, which on a GPU are read once each way."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from attamba.ops.backends import choose
+
+__all__ = ["cross_entropy"]
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, ignore_index: int, backend: str = "auto"
+) -> Tensor:
+    """Nats of each target, float32 [R]; 0 where it is ignore_index.
+
+    logits: [R, V], read as float32. targets: int64 [R], below V. Raises ValueError for backend
+    "triton" where it cannot run.
+    """
+    if choose(backend, logits.device, logits.dtype) == "triton":
+        from attamba.ops.cross_entropy.triton import cross_entropy_triton
+
+        return cross_entropy_triton(logits, targets, ignore_index)[0]
+    return F.cross_entropy(logits.float(), targets, ignore_index=ignore_index, reduction="none")
