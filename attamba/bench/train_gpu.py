@@ -53,6 +53,7 @@ def run(args: argparse.Namespace, lengths: list[int], device: torch.device) -> d
             "tokens_per_step": TOKENS,
             "dtype": "bfloat16 autocast",
             "repeats": args.repeats,
+            "steps_in_a_row": IN_A_ROW,
         },
         "environment": common.environment(device),
         "rows": [],
