@@ -56,10 +56,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
     x, weight = ctx.saved_tensors
     gated, dx = gate_backward(x, dy @ weight)
-    return dx, dy.flatten(0, 1).t() @ gated.flatten(0, 1)
+    trains = ctx.needs_input_grad[1]  # not where an adapter trains, and the model does not
+    return dx, dy.flatten(0, 1).t() @ gated.flatten(0, 1) if trains else None
 
 
 gated_product_triton.register_autograd(_backward, setup_context=_save)
