@@ -158,6 +158,16 @@ def test_selective_checkpointing_keeps_products(name):
     assert alive.now - y.nbytes - rotary == pytest.approx(kept.products * 64, rel=0.01)
 
 
+class _Skipped:
+    """In the place of a kernel: Triton's interpreter would hold its arguments longer."""
+
+    def __getitem__(self, grid: Any) -> _Skipped:
+        return self
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        pass
+
+
 class Alive(TorchDispatchMode):
     """Bytes of storages made by operators that are still there, now and at the most.
 
@@ -207,9 +217,8 @@ def test_the_loss_holds_logits_and_their_gradient(dtype):
 
 @pytest.mark.parametrize("kind", ["none", "full"])
 @pytest.mark.parametrize("vocab_size", [50, 2000])
-def test_the_peak_of_a_whole_pass(kind, vocab_size):
-    """Of a model's second pass, so that gradients are there: to 6%, weights and optimizer aside,
-    and what is added to the head's gradient, which is made while that of the logits is there.
+def test_the_peak_of_a_whole_pass(monkeypatch, kind, vocab_size):
+    """Of a model's second pass, so that gradients are there: to 5%, weights and optimizer aside.
 
     Where the loss is small the peak is elsewhere: one layer's backward pass, which the plan leaves
     out, makes gradients of its activations.
@@ -217,6 +226,8 @@ def test_the_peak_of_a_whole_pass(kind, vocab_size):
     from attamba.train.parallelize import parallelize
 
     pytest.importorskip("triton")
+    for kernel in ("nats_kernel", "nats_backward_kernel"):
+        monkeypatch.setattr(f"attamba.ops.cross_entropy.triton.{kernel}", _Skipped())
     config = run_config(
         TRANSFORMER,
         model={"vocab_size": vocab_size, "n_layers": 6},
@@ -235,8 +246,8 @@ def test_the_peak_of_a_whole_pass(kind, vocab_size):
         loss().backward()
     held = memory.activations(config, make_layout(config))
     layers = {"none": 6, "full": 1}[kind] if vocab_size == 50 or kind == "none" else 0
-    planned = sum(held.values()) + layers * of_a_cpu(config.model) * 256 + 4 * vocab_size * DIM
-    assert alive.peak == pytest.approx(planned, rel=0.06)
+    planned = sum(held.values()) + layers * of_a_cpu(config.model) * 256
+    assert alive.peak == pytest.approx(planned, rel=0.05)
 
 
 # --------------------------------------------------------------------------------------------

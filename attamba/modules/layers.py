@@ -55,7 +55,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         both = self.w13(x)
-        if plain(self.w2) and choose("auto", both.device, both.dtype) == "triton":
+        fits = both.dim() == 3 and type(self.w2.weight) in (Tensor, nn.Parameter)
+        if fits and plain(self.w2) and choose("auto", both.device, both.dtype) == "triton":
             return gated_product(both, self.w2.weight.to(both.dtype))
         gate, up = both.chunk(2, -1)
         return self.w2(F.silu(gate) * up)
@@ -106,13 +107,15 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 def plain(*layers: nn.Module) -> bool:
     """Do these layers' weights say all that they do?
 
-    Not so where an adapter took their place, or a hook waits for what goes through them.
+    Not so where an adapter took their place, or something waits for what goes through them.
     """
-    return all(type(layer) in (Linear, RMSNorm) and not _hooked(layer) for layer in layers)
+    return all(type(layer) in (Linear, RMSNorm) and not _watched(layer) for layer in layers)
 
 
-def _hooked(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+def _watched(layer: nn.Module) -> bool:
+    """Has the layer hooks, or a forward of its own in place of its class's?"""
+    forward = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return bool(forward or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def trunc_normal_(weight: Tensor, fan_in: int) -> None:

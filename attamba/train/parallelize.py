@@ -43,8 +43,8 @@ _PRODUCTS = frozenset(
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     }
 )
-"""What activation_checkpointing=selective keeps, beside attention over chunks. Products in float8
-are mm too, of torchao's tensors."""
+"""What activation_checkpointing=selective keeps, beside attention over chunks and the gated
+product. Products in float8 are mm too, of torchao's tensors."""
 
 
 def parallelize(model: Decoder, mesh: DeviceMesh | None, config: RunConfig) -> Forward:

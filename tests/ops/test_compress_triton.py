@@ -131,10 +131,14 @@ def test_scan_with_extreme_decays():
 def test_operators_keep_their_promises():
     """Schema, fake tensors, autograd registration."""
     from attamba.ops.chunk_scan.triton import scan_forward
-    from attamba.ops.compress.triton import compress_forward
+    from attamba.ops.compress.triton import compress_backward, compress_forward
 
     leaves = {n: t.requires_grad_() for n, t in compress_inputs(9, 1, 1).items()}
-    torch.library.opcheck(compress_forward, (*leaves.values(), chunk_starts(9, 4), 8, 1e-5))
+    inputs = (*leaves.values(), chunk_starts(9, 4))
+    torch.library.opcheck(compress_forward, (*inputs, 8, 1e-5))
+    inputs = tuple(t.detach() for t in inputs)
+    y_k, y_v, rstd = compress_forward(*inputs, 8, 1e-5)
+    torch.library.opcheck(compress_backward, (y_v, y_k, *inputs, y_k, y_v, rstd, 8))
     leaves = {n: t.requires_grad_() for n, t in scan_inputs(9, 1, 2, 1).items()}
     state, D = leaves.pop("initial_state"), leaves.pop("D")
     torch.library.opcheck(scan_forward, (*leaves.values(), chunk_starts(9, 4), D, state))

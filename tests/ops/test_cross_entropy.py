@@ -44,6 +44,17 @@ def test_logits_far_from_zero_and_minus_infinity():
             assert torch.allclose(got, want, rtol=1e-4, atol=1e-4), shift
 
 
+def test_the_lowest_numbers_there_are():
+    logits = torch.full((2, 50), torch.finfo(torch.float32).min)
+    got = cross_entropy(logits, torch.tensor([0, 49]), IGNORED, "triton")
+    assert torch.allclose(got, torch.tensor(50.0).log())
+
+
+def test_targets_that_do_not_exist():
+    nats = cross_entropy(torch.randn(4, 7), torch.tensor([7, -1, 2, IGNORED]), IGNORED, "triton")
+    assert nats.isnan().tolist() == [True, True, False, False]
+
+
 def test_rows_that_lie_apart_in_memory():
     logits, targets = torch.randn(4, 90), torch.tensor([3, 0, 49, IGNORED])
     want = with_gradient(logits[:, 20:70].contiguous(), targets, "torch")

@@ -39,6 +39,21 @@ def test_rows_that_lie_apart_in_memory():
         assert torch.allclose(got, exact, atol=1e-5)
 
 
+def test_single_tokens_of_odd_strides():
+    """Of a dimension of one: PyTorch calls such a tensor contiguous, whatever its stride is."""
+    x, weight = torch.randn(3, 16).as_strided((3, 1, 16), (16, 48, 1)), torch.randn(5, 8)
+    got, want = (gated_product(x, weight, backend) for backend in ("triton", "torch"))
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_autocast_around_it_changes_no_type():
+    x, weight = torch.randn(2, 3, 16, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = gated_product(x, weight, "triton")
+        assert y.dtype == torch.float32
+        y.sum().backward()
+
+
 def test_half_precision():
     x, weight = torch.randn(2, 9, 48).half(), (torch.randn(5, 24) / 5).half()
     want = with_gradients(x.float(), weight.float(), "torch")
@@ -93,6 +108,10 @@ def test_the_feed_forward_part_takes_it(monkeypatch, autocast):
         assert taken == ["gated"] and got.dtype == want.dtype
         assert torch.allclose(got, want, rtol=2e-2, atol=3e-2 if autocast else 1e-6)
         seen: list[tuple[int, ...]] = []
-        layer.w2.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+        hook = layer.w2.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
         assert torch.equal(layer(x), want)
-    assert taken == ["gated"] and seen == [(2, 5, 24)]
+        hook.remove()
+        forward = layer.w2.forward
+        layer.w2.forward = lambda hidden: seen.append(hidden.shape) or forward(hidden)
+        assert torch.equal(layer(x), want)
+    assert taken == ["gated"] and seen == [(2, 5, 24)] * 2

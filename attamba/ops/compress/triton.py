@@ -146,8 +146,9 @@ def compress_backward(
         **plan.constants(), **plan.options(BACKWARD),
     )  # fmt: skip
     dweight, dscalars = sums.sum(0).split(numbers)
-    dconv = dweight.view(plan.taps, -1).t().clone(memory_format=torch.contiguous_format)
-    return dproj, dconv.to(conv_weight.dtype), dscalars.view(3, 2, plan.heads)
+    dconv = dweight.view(plan.taps, -1).t().contiguous()
+    dscalars = dscalars.view(3, 2, plan.heads).clone()  # outputs share no memory
+    return dproj, dconv.to(conv_weight.dtype), dscalars
 
 
 @compress_backward.register_fake

@@ -15,8 +15,8 @@ def cross_entropy(
 ) -> Tensor:
     """Nats of each target, float32 [R]; 0 where it is ignore_index.
 
-    logits: [R, V], read as float32. targets: int64 [R], below V. Raises ValueError for backend
-    "triton" where it cannot run.
+    logits: [R, V], read as float32. targets: int64 [R], below V; others are an error of PyTorch's,
+    and NaN in Triton. Raises ValueError for backend "triton" where it cannot run.
     """
     if choose(backend, logits.device, logits.dtype) == "triton":
         from attamba.ops.cross_entropy.triton import cross_entropy_triton

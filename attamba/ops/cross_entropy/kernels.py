@@ -18,11 +18,11 @@ def nats_kernel(
 ):  # fmt: skip
     """nats and log_sum = log(sum(exp(logits))), float32 [R]; a program has a row.
 
-    stride: from row to row of logits.
+    nats are NaN where there is no such target. stride: from row to row of logits.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    top, total = -1.0e38, 0.0  # finite, so that blocks of -inf alone make no NaN
+    top, total = -3.4028234663852886e38, 0.0  # finite, so that blocks of -inf alone make no NaN
     for begin in range(0, V, BLOCK):
         column = begin + tl.arange(0, BLOCK)
         x = tl.load(logits + column, mask=column < V, other=-float("inf")).to(tl.float32)
@@ -30,12 +30,11 @@ def nats_kernel(
         shares = tl.exp2((x - higher) * LOG2_E)
         total = total * tl.exp2((top - higher) * LOG2_E) + tl.sum(shares, 0)
         top = higher
-    log_of_all = top + tl.log(total)
     target = tl.load(targets + row)
-    counts = target != IGNORED
-    chosen = tl.load(logits + target, mask=counts, other=0.0).to(tl.float32)
-    tl.store(nats + row, tl.where(counts, log_of_all - chosen, 0.0))
-    tl.store(log_sum + row, log_of_all)
+    exists = (target >= 0) & (target < V)
+    chosen = tl.load(logits + target, mask=exists, other=float("nan")).to(tl.float32)
+    tl.store(nats + row, tl.where(target == IGNORED, 0.0, top - chosen + tl.log(total)))
+    tl.store(log_sum + row, top + tl.log(total))
 
 
 @triton.jit
