@@ -135,7 +135,7 @@ def test_compiled_layers_of_ranks_that_share_rows(make_meshed):
         "sources, best fit", {"context": 2}, change | {"train.compile": True, "out": "compiled"}
     )
     plain, _ = on_ranks(2, train_until, config)
-    (records, graphs), _ = on_ranks(2, train_and_count_graphs, compiled, timeout=120)
+    (records, graphs), _ = on_ranks(2, train_and_count_graphs, compiled, timeout=400)
     assert_same_records(records, plain)
     first, last = graphs[0], graphs[-1]
     assert graphs[:3] == [first] * 3 and first < last <= 2 * first
