@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from attamba.models import Decoder
 from attamba.models.decoder import Block
 from attamba.modules.attention import Attention
-from attamba.modules.layers import rotate
 from attamba.ops.chunking import Span, make_span
+from attamba.ops.rotary import rotate
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

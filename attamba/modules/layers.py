@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attamba.ops.backends import choose
 from attamba.ops.chunking import Span
-from attamba.ops.rotary import rotary_table, rotate, step_table
+from attamba.ops.rotary import rotary_table, step_table
 from attamba.ops.swiglu import gated_product
 from attamba.ops.thin_linear import Norm, thin_linear
 from attamba.ops.thin_linear.torch import product
@@ -24,7 +24,6 @@ __all__ = [
     "linear",
     "plain",
     "product",
-    "rotate",
     "trunc_normal_",
 ]
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from attamba import plots
 from attamba.modules.attamba import ChunkAttention
 from attamba.modules.attention import Attention
-from attamba.modules.layers import rotate
 from attamba.ops.chunking import Span, visible
+from attamba.ops.rotary import rotate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

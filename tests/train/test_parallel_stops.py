@@ -23,13 +23,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from attamba import exit_status
 from attamba.config import ConfigError, RunConfig, to_dict
 from attamba.data import Batches
-from attamba.train import (
-    TrainingInterrupted,
-    list_checkpoints,
-    loop,
-    read_metrics,
-    train,
-)
+from attamba.train import TrainingInterrupted, list_checkpoints, loop, read_metrics, train
 from attamba.train.distributed import RankLost
 from attamba.train.interrupt import StopRequest, TrainingPreempted
 from attamba.train.sharded import Saver
