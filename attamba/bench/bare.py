@@ -13,8 +13,9 @@ from attamba.config import RunConfig
 from attamba.data import Batch, load_tokenizer, prepare
 from attamba.models import build_model
 from attamba.train import losses
-from attamba.train.optim import build_optimizer
+from attamba.train.optim import build_optimizer, lr_at
 from attamba.train.passes import CapturedPasses, Passes
+from attamba.train.run import Run
 
 
 class BareStep:
@@ -32,11 +33,25 @@ class BareStep:
         self._forward = torch.compile(self.model) if compiled else self.model
         self._nats = torch.compile(losses.nats) if compiled else losses.nats
         self._optimizer = build_optimizer(self.model, config.optim)
+        self._step = 0
         self._limit = config.optim.grad_clip or math.inf
         self._rows = config.data.batch_size // config.train.accumulate
         self._passes = Passes(self._mean_loss, 1.0)
         if config.train.cuda_graphs:
             self._passes = CapturedPasses(self._mean_loss, 1.0, self.model.parameters())
+
+    def copy(self, run: Run) -> None:
+        """Be where `run` is, before a step: its weights, its optimizer's state, its steps done.
+
+        How much power a card draws depends on the numbers that it multiplies, and on that its
+        clock: of two models with other weights one may be faster for that alone.
+        """
+        self._step = run.step
+        for own, theirs in zip(self.model.parameters(), run.model.parameters()):
+            own.data.copy_(theirs)
+            held = self._optimizer.state[own]
+            for name, value in run.optimizer.state[theirs].items():
+                held.setdefault(name, torch.empty_like(value)).copy_(value)
 
     def parts(self, batch: Batch) -> list[losses.Rows]:
         """The batch on the device, a forward pass each."""
@@ -44,6 +59,8 @@ class BareStep:
 
     def __call__(self, parts: list[losses.Rows], scored: int) -> None:
         """One step. scored: the batch's targets that count."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr_at(self._step, self.config)
         self._optimizer.zero_grad()
         of_step = torch.full((), float(scored), device=self.device)
         for rows in parts:
@@ -51,6 +68,7 @@ class BareStep:
             self._passes.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._limit)
         self._optimizer.step()
+        self._step += 1
 
     def _mean_loss(self, rows: losses.Rows, scored: Tensor) -> Tensor:
         """The rows' share of the mean over the `scored` targets of the step."""

@@ -4,7 +4,8 @@ The loop runs with all it has: rows read from a prepared folder, documents apart
 lines and TensorBoard, statistics of layers, steps that jump left out; on a GPU bfloat16 and
 compiled. The bare step is forward, backward, clipping and AdamW of the same model on the same rows,
 which lie on the device, launched as the loop launches its own (train.cuda_graphs). Both live in one
-process and take steps in turns. Statistics of layers are timed as often as `--layers-every` says.
+process and take the same steps in turns, the bare one from where the loop was before its own.
+Statistics of layers are timed as often as `--layers-every` says.
 """
 
 from __future__ import annotations
@@ -146,6 +147,7 @@ def measure(config: RunConfig, device: torch.device, steps: int) -> dict[str, An
             loop.metrics.records.clear()
             taken: dict[str, list[float]] = {"loop": [], "bare": []}
             for _ in range(-(-steps // period) * (period // turn)):
+                bare.copy(loop.run)
                 spent, batches = _turn_of_loop(loop, turn, device)
                 taken["loop"].append(spent)
                 taken["bare"].append(_turn_of_bare(bare, batches, device))

@@ -42,6 +42,23 @@ def test_the_bare_step_is_the_loop_s_on_the_same_rows(tmp_path):
             assert torch.allclose(own, other, atol=1e-6)
 
 
+def test_the_bare_step_goes_on_from_where_the_loop_is(tmp_path):
+    """Weights, moments, learning rate: the same step leads to the same weights."""
+    config = config_of(tmp_path)
+    config.optim.warmup_steps = 9  # the rate of each step is another
+    bare = BareStep(config, torch.device("cpu"))
+    with open_loop(config) as one:
+        for _ in range(3):
+            bare.copy(one.run)
+            one.step()
+            bare(bare.parts(one.run.batch), one.run.batch.n_scored)
+            for own, other in zip(one.run.model.parameters(), bare.model.parameters()):
+                assert torch.allclose(own, other, atol=1e-6)
+        bare(bare.parts(one.run.batch), one.run.batch.n_scored)
+        weights = zip(one.run.model.parameters(), bare.model.parameters())
+        assert not all(torch.allclose(own, other, atol=1e-6) for own, other in weights)
+
+
 def test_both_take_the_same_rows(tmp_path, monkeypatch):
     from attamba.bench import bare
 
