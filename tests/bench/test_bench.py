@@ -90,9 +90,9 @@ def test_train_measures_in_processes_of_their_own(
             assert measured["step_ms"] > 0 < measured["attention_ms"]
             assert 0 < measured["loss"] < 20
     # A longer row needs more memory; were it measured in one process, the peak could not tell.
-    # Shorter ones can do with what the step before them has left.
+    # The shorter one may do with what the step before it, of 64 tokens, has left.
     short, long = record["rows"]
-    assert all(long[name]["peak_bytes"] > short[name]["peak_bytes"] > 0 for name in common.MODELS)
+    assert all(long[name]["peak_bytes"] > short[name]["peak_bytes"] >= 0 for name in common.MODELS)
     assert record["growth"] == {}, "512 is below a quarter of 2100: nothing to fit"
     printed = capsys.readouterr().out
     assert "entries of the attention map" in printed and "T*T / 2.0" in printed
