@@ -395,7 +395,8 @@ def _data_prepare(commands: Commands) -> None:
         "--workers",
         type=int,
         metavar="N",
-        help="processes; what is written does not depend on it (default: one for each core)",
+        help="parts of the text at a time, by threads or processes; what is written does not "
+        "depend on it (default: one for each core)",
     )
     parser.add_argument(
         "--max-tokens", type=int, metavar="N", help="end after the shard that makes it so many"

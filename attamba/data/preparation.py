@@ -1,4 +1,4 @@
-"""Text to a prepared folder, by as many processes as are asked for, going on where it was stopped.
+"""Text to a prepared folder, by as many workers as are asked for, going on where it was stopped.
 
 What is under way lies in .NAME.<settings>.partial beside the folder NAME that is asked for, and is
 renamed when it is whole. The bytes of the result do not depend on the number of workers, nor on how
@@ -57,9 +57,10 @@ def prepare(
     max_tokens: whole shards from the first on, until they hold at least this many. Default: all.
     skip_bad: pass over records that are no text (broken JSON, NUL, no such field) and count them
         as n_bad in the manifest, instead of raising.
-    workers: processes; the result does not depend on it. 1: this process, in which the tokenizer
-        uses all cores if it can. More need a script that can be imported, with its calls under
-        ``if __name__ == "__main__"``, as always where processes are spawned.
+    workers: parts of the text at a time; the result does not depend on it. With a tokenizer.json
+        up to eight are threads of this process, and the tokenizer uses all cores; it does so with
+        1 too. Else they are processes, and need a script that can be imported, with its calls
+        under ``if __name__ == "__main__"``, as always where processes are spawned.
     progress: called now and then with (documents, tokens, bytes of text) done by this call.
 
     Raises DataError for what read_documents refuses, if `out` holds anything else, and where

@@ -38,6 +38,8 @@ class Tokenizer(ABC):
     """bytes, hf or sentencepiece."""
     filename: ClassVar[str | None]
     """The file that save writes beside tokenizer_meta.json."""
+    frees_threads: ClassVar[bool] = False
+    """Do other threads run while it encodes?"""
 
     def __init__(self, content: bytes, vocab_size: int, eos_id: int) -> None:
         self.vocab_size = vocab_size
@@ -125,6 +127,7 @@ class HFTokenizer(Tokenizer):
 
     kind = "hf"
     filename = "tokenizer.json"
+    frees_threads = True
 
     def __init__(self, content: bytes, name: str = "tokenizer.json") -> None:
         try:

@@ -1,4 +1,4 @@
-"""Parts of the input through processes, in order, until one fails or there is enough."""
+"""Parts of the input through threads or processes, in order, until one fails or there is enough."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import Any
 
 from .errors import DataError
@@ -22,6 +30,9 @@ Progress = Callable[[int, int, int], None]
 
 SECONDS = 0.2
 """Between looks at how far the workers are."""
+THREADS = 8
+"""Workers that are threads of this process, at most: a fourteenth of their work is not the
+tokenizer's, and of that only one can be done at a time."""
 
 
 def usable_cores() -> int:
@@ -36,8 +47,10 @@ def write_parts(
 ) -> list[Written]:
     """Write the parts: all of them, or so many from the first on as hold job.max_tokens.
 
-    workers: processes. 1: this one alone, in which the tokenizer uses all cores if it can. With
-        fewer parts than workers, the tokenizers of the processes share the rest.
+    workers: 1: this process, a part at a time, in which the tokenizer uses all cores if it can. Up
+        to THREADS, where the tokenizer lets other threads run: threads, which share what it reads
+        and its own threads. Else processes; with fewer parts than workers, the tokenizers of the
+        processes share the rest.
     progress: told the documents, tokens and bytes of text done since the call.
     """
     if workers == 1:
@@ -77,17 +90,26 @@ def _here(job: Job, parts: Sequence[Part], progress: Progress | None) -> list[Wr
 
 
 class _Pool:
-    """Processes that write parts."""
+    """Threads or processes that write parts."""
 
     def __init__(
         self, job: Job, parts: Sequence[Part], workers: int, progress: Progress | None
     ) -> None:
         self.job, self.parts, self.progress = job, parts, progress
+        n = max(1, min(workers, len(parts)))
+        self.counts: Any
+        self.stop: Any
+        self.work: Callable[[int, Part], Written]
+        self.pool: Executor
+        if job.tokenizer.frees_threads and workers <= THREADS:
+            self.counts, self.stop = _Counts(), threading.Event()
+            self.work = partial(write_part, job, control=_Worker(self.counts, self.stop))
+            self.pool = ThreadPoolExecutor(n)
+            return
         # Not fork: threads of this process (torch's, a tokenizer's) would not come along.
         context = multiprocessing.get_context("spawn")
-        self.counts = context.Array("q", 3)
-        self.stop = context.Event()
-        n = max(1, min(workers, len(parts)))
+        self.counts, self.stop = context.Array("q", 3), context.Event()
+        self.work = _work
         self.pool = ProcessPoolExecutor(
             n,
             mp_context=context,
@@ -98,7 +120,7 @@ class _Pool:
     def run(self) -> list[Written]:
         try:
             futures = [
-                self.pool.submit(_work, number, part) for number, part in enumerate(self.parts)
+                self.pool.submit(self.work, number, part) for number, part in enumerate(self.parts)
             ]
             return self._collect(futures)
         except BrokenProcessPool as error:
@@ -135,14 +157,19 @@ def _prefix(job: Job, futures: list[Future[Written]]) -> Iterator[Written]:
         tokens += future.result().n_tokens
 
 
-# In a worker
+class _Counts(list[int]):
+    """To threads what multiprocessing's array is to processes: three numbers and a lock."""
 
-_control: Any = None
-_job: Any = None
+    def __init__(self) -> None:
+        super().__init__([0, 0, 0])
+        self._lock = threading.Lock()
+
+    def get_lock(self) -> threading.Lock:
+        return self._lock
 
 
 class _Worker:
-    """Control of a worker process."""
+    """Control of a worker that is a thread or another process."""
 
     def __init__(self, counts: Any, stop: Any) -> None:
         self._counts, self._stop = counts, stop
@@ -155,6 +182,12 @@ class _Worker:
     def check(self) -> None:
         if self._stop.is_set():
             raise Stopped
+
+
+# In a worker that is a process
+
+_control: Any = None
+_job: Any = None
 
 
 def _begin(counts: Any, stop: Any, threads: int, job: bytes) -> None:

@@ -19,7 +19,6 @@ from attamba.data import (
     parts,
     preparation,
     prepare,
-    train_bpe,
 )
 from attamba.data import pieces as pieces_module
 from attamba.data.tokenizer import ByteTokenizer
@@ -107,15 +106,6 @@ def test_the_bytes_do_not_depend_on_the_workers(corpus, whole, tmp_path, workers
     assert content(tmp_path / "out") == content(whole)
     assert seen[-1] == (500, dataset.n_tokens, dataset.n_bytes)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.usefixtures("small_parts")
-def test_a_tokenizer_with_threads_of_its_own_goes_to_workers(corpus, tmp_path):
-    tokenizer = train_bpe(corpus, 300, tmp_path / "bpe")
-    one = prepare(corpus, tmp_path / "one", tokenizer)
-    prepare(corpus, tmp_path / "two", load_tokenizer(tmp_path / "bpe"), workers=2).verify()
-    assert content(tmp_path / "one") == content(tmp_path / "two")
-    assert one.fingerprint == tokenizer.fingerprint
 
 
 @pytest.mark.usefixtures("small_parts")
