@@ -43,6 +43,10 @@ def _patch_language_once() -> None:
     interpreter._patch_lang = begin
 
 
+# As in the Makefile, for whoever starts pytest without it: tests start many processes, and each
+# would compile all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
