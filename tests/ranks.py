@@ -16,8 +16,9 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    # torch._dynamo is what AdamW's first step would import, in each process anew.
-    ["attamba.train", "attamba.train.sharded", "torch.distributed.fsdp", "torch._dynamo"]
+    # torch._dynamo is what AdamW's first step would import, in each process anew; pytest is what
+    # the module would import that has the work.
+    ["attamba.train", "attamba.train.sharded", "torch.distributed.fsdp", "torch._dynamo", "pytest"]
 )
 OF_GPUS = multiprocessing.get_context("spawn")
 """A fork of a process that has looked for CUDA devices cannot use them."""
@@ -44,9 +45,10 @@ def on_ranks(
     processes, queue = start_ranks(n, work, *args, backend=backend)
     try:
         outcomes = _outcomes(processes, queue, time.monotonic() + timeout)
-    finally:
         for process in processes:
             process.join(5)
+    finally:
+        for process in processes:
             process.kill()
     _raise_first(outcomes)
     return [pickle.loads(outcomes[rank]) for rank in range(n)]

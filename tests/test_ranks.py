@@ -37,4 +37,4 @@ def test_the_rank_that_raised_counts_not_the_one_that_ended():
 
 def test_ranks_that_take_too_long_are_ended():
     with pytest.raises(Empty):
-        on_ranks(1, wait_for_ever, timeout=3)
+        on_ranks(1, wait_for_ever, timeout=1)
