@@ -266,7 +266,7 @@ def write_slowly(config: RunConfig, blocks: int, told: bool) -> None:
 def test_a_checkpoint_may_take_longer_to_write_than_a_step_may(make_config, told):
     change = {"train.steps": 4, "train.save_every": 2, "parallel.hang_timeout": 2.0}
     config = make_config(change)
-    on_ranks(2, write_slowly, config, 8, told)
+    on_ranks(2, write_slowly, config, 6, told)
     assert list_checkpoints(config.out)[-1].name == f"step-0000000{3 if told else 4}"
 
 
