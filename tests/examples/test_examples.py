@@ -125,7 +125,7 @@ def test_transformers_finetune(out):
 @needs_all
 def test_end_to_end_and_its_page(out):
     page = out / "page.md"
-    said = run("end_to_end", "--out", out / "whole", "--steps", 3, "--write", page)
+    said = run("end_to_end", "--out", out / "whole", "--steps", 1, "--write", page)
     assert said.endswith("The server and generate() said the same.\n")
     # `attamba eval`, its harness tasks, and the harness's own command line say the same.
     scored = {
