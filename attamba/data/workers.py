@@ -105,17 +105,17 @@ class _Pool:
             self.counts, self.stop = _Counts(), threading.Event()
             self.work = partial(write_part, job, control=_Worker(self.counts, self.stop))
             self.pool = ThreadPoolExecutor(n)
-            return
-        # Not fork: threads of this process (torch's, a tokenizer's) would not come along.
-        context = multiprocessing.get_context("spawn")
-        self.counts, self.stop = context.Array("q", 3), context.Event()
-        self.work = _work
-        self.pool = ProcessPoolExecutor(
-            n,
-            mp_context=context,
-            initializer=_begin,
-            initargs=(self.counts, self.stop, workers // n, pickle.dumps(job)),
-        )
+        else:
+            # Not fork: threads of this process (torch's, a tokenizer's) would not come along.
+            context = multiprocessing.get_context("spawn")
+            self.counts, self.stop = context.Array("q", 3), context.Event()
+            self.work = _work
+            self.pool = ProcessPoolExecutor(
+                n,
+                mp_context=context,
+                initializer=_begin,
+                initargs=(self.counts, self.stop, workers // n, pickle.dumps(job)),
+            )
 
     def run(self) -> list[Written]:
         try:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from preparing import content
 
 from attamba.data import (
     DataError,
@@ -23,7 +24,6 @@ from attamba.data import (
 from attamba.data import pieces as pieces_module
 from attamba.data.tokenizer import ByteTokenizer
 
-WORDS = ["the", "a", "cat", "dog", "tree", "river", "sees", "under", "red", "Grüße", "世界"]
 SCRIPT = """
 import sys
 from attamba.data import load_tokenizer, parts, prepare
@@ -32,41 +32,6 @@ if __name__ == "__main__":
     corpus, out, workers = sys.argv[1:]
     prepare(corpus, out, load_tokenizer("bytes"), shard_tokens=3000, workers=int(workers))
 """
-
-
-def document(draw):
-    return " ".join(draw.choice(WORDS) for _ in range(draw.randrange(1, 60)))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """Several kinds of files, one of them larger than a part (parts of 8 kB); 500 documents."""
-    folder = tmp_path_factory.mktemp("corpus")
-    draw = random.Random(0)
-    for name, n in (("a.jsonl", 300), ("c.jsonl", 60)):
-        lines = [json.dumps({"text": document(draw)}) for _ in range(n)]
-        lines[5:5] = ["", json.dumps({"text": " "})]
-        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    table = arrow.table({"text": [document(draw) for _ in range(100)]})
-    parquet.write_table(table, folder / "b.parquet", row_group_size=7, compression="none")
-    for i in range(40):
-        (folder / f"d{i}.txt").write_text(document(draw), encoding="utf-8")
-    return folder
-
-
-@pytest.fixture
-def small_parts(monkeypatch):
-    monkeypatch.setattr(parts, "LEAST", 8000)
-
-
-def content(folder):
-    """Every file of a folder by its name."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")

@@ -1,40 +1,10 @@
 """prepare with several workers: threads where they can share the tokenizer, else processes."""
 
-import json
-import random
-
 import pytest
+from preparing import content
 
-from attamba.data import DataError, is_prepared, load_tokenizer, parts, prepare, train_bpe
+from attamba.data import DataError, is_prepared, load_tokenizer, prepare, train_bpe
 from attamba.data import workers as workers_module
-
-WORDS = ["the", "a", "cat", "dog", "tree", "river", "sees", "under", "red", "Grüße", "世界"]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """500 documents, in one file of several parts and in small ones."""
-    folder = tmp_path_factory.mktemp("corpus")
-    draw = random.Random(0)
-    texts = [" ".join(draw.choices(WORDS, k=draw.randrange(1, 60))) for _ in range(500)]
-    lines = [json.dumps({"text": text}) for text in texts[:460]]
-    (folder / "a.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for i, text in enumerate(texts[460:]):
-        (folder / f"b{i}.txt").write_text(text, encoding="utf-8")
-    return folder
-
-
-@pytest.fixture
-def small_parts(monkeypatch):
-    monkeypatch.setattr(parts, "LEAST", 8000)
-
-
-def content(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.mark.usefixtures("small_parts")
