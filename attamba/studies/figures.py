@@ -12,7 +12,6 @@ from attamba import plots
 from attamba.display import format_bytes
 from attamba.studies.tables import (
     MISSING,
-    REFERENCE,
     Row,
     Told,
     above,
@@ -89,9 +88,9 @@ def quality(told: Told, path: Path, *, score: str) -> None:
 
 
 def position(told: Told, path: Path, *, score: str) -> None:
-    """Loss by position in the document; above the reference's, where the study has it."""
+    """Loss by position in the document; above the reference's, where all have the same."""
     starts = [start for start, _ in position_edges(told, score)]
-    reference = next((row for row in told.rows if row.variant == REFERENCE and row.results), None)
+    reference = _known_reference(told)
     with _figure(path) as ax:
         for row, looks in zip(told.rows, _looks(told.rows)):
             points = [
@@ -105,7 +104,7 @@ def position(told: Told, path: Path, *, score: str) -> None:
             ]
             _line(ax, [(max(s, 8), y) for s, y in points if y is not None], looks, row.variant)
         _powers_of_two(ax)
-        than = "" if reference is None else f" above the {REFERENCE}'s"
+        than = "" if reference is None else f" above that of {reference.variant}"
         _finish(ax, "position in the document (tokens)", f"{score}: nats per token{than}")
 
 
@@ -150,13 +149,15 @@ def copying(told: Told, path: Path, *, score: str) -> None:
 
 
 def beside_paper(told: Told, path: Path, *, score: str) -> None:
-    """Ours beside the paper's: how far perplexities are above the transformer's, on one scale.
+    """Ours beside the paper's: how far perplexities are above the reference's, on one scale.
 
-    Where a study has no transformer, perplexities themselves, each on its own axis: text and
+    Where a study has no reference for all, perplexities themselves, each on its own axis: text and
     tokenizer are others.
     """
     rows = [row for row in told.rows if row.paper]
-    reference = next((row for row in rows if row.variant == REFERENCE and row.results), None)
+    reference = _known_reference(told)
+    if reference is not None and not reference.paper:
+        reference = None
     if reference is None:
         ours = [row.mean(score, "perplexity") for row in rows]
         theirs = [row.paper["perplexity"] for row in rows]
@@ -164,7 +165,7 @@ def beside_paper(told: Told, path: Path, *, score: str) -> None:
     else:
         ours = [_percent(above(row, reference, score)) for row in rows]
         theirs = [_percent(paper_above(row.paper, reference.paper)) for row in rows]
-        form, label = "{:+.1f}%", f"perplexity above the {REFERENCE}'s (%)"
+        form, label = "{:+.1f}%", f"perplexity above that of {reference.variant} (%)"
     with _figure(path, (9.2, 1.2 + 0.32 * len(rows)), panels=2) as (left, right):
         _bars(left, ours, form, plots.COLOURS["attamba"])
         for y, row in enumerate(rows):
@@ -180,6 +181,12 @@ def beside_paper(told: Told, path: Path, *, score: str) -> None:
             ax.set_xlabel(label)
             if reference is not None:
                 ax.set_xlim(min(limits), max(limits))
+
+
+def _known_reference(told: Told) -> Row | None:
+    """What all others are compared with, if it has been run."""
+    reference = told.common_reference
+    return reference if reference is not None and reference.results else None
 
 
 def _percent(share: float | None) -> float | None:

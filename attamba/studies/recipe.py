@@ -11,6 +11,8 @@ A recipe is a YAML file, or the same tree as JSON for machines without pyyaml:
     grid:      {P: {mixer.chunk_size: [4, 8]}, L: {mixer.leading_tokens: [1, 8]}}: variants P4-L1,
                P4-L8, P8-L1 and P8-L8 besides the named ones
     scores:    {name: {kind: text, ...}, ...}; see scores.py
+    against:   the variant that the others are compared with, or {variant: that one's}; a variant
+               called transformer where nothing is said
     paper:     {variant: name in studies/paper/numbers.json}
     tiny:      keys that --scale tiny changes besides TINY
 """
@@ -36,9 +38,11 @@ GROUPS = ("paper", "main", "ablations", "memory")
 SUFFIXES = (".yaml", ".json")
 
 KEYS = (
-    *("question", "report", "base", "set", "seeds", "variants", "grid", "scores", "paper", "tiny"),
-    "name",
+    *("question", "report", "base", "set", "seeds", "variants", "grid", "scores", "against"),
+    *("paper", "tiny", "name"),
 )
+REFERENCE = "transformer"
+"""What variants are compared with where a recipe does not say `against`."""
 NAME = re.compile(r"[A-Za-z0-9][\w.+=-]*")
 """What a variant may be called: its result is a file of that name."""
 
@@ -103,6 +107,8 @@ class Study:
     seeds: tuple[int, ...]
     variants: dict[str, dict[str, Any]]
     scores: dict[str, dict[str, Any]]
+    against: dict[str, str] = field(default_factory=dict)
+    """The variant that a variant is compared with; not for those that others are compared with."""
     paper: dict[str, str] = field(default_factory=dict)
     tiny: dict[str, Any] = field(default_factory=dict)
 
@@ -139,6 +145,7 @@ class Study:
             "seeds": list(self.seeds),
             "variants": self.variants,
             "scores": self.scores,
+            "against": self.against,
             "paper": self.paper,
             "tiny": self.tiny,
         }
@@ -218,9 +225,27 @@ def _study(path: Path, tree: dict[str, Any]) -> Study:
         seeds=seeds,
         variants=variants,
         scores=scores,
+        against=_against(tree.get("against"), variants),
         paper=paper,
         tiny=tree.get("tiny") or {},
     )
+
+
+def _against(asked: str | dict[str, str] | None, variants: dict[str, Any]) -> dict[str, str]:
+    """Each variant's reference."""
+    if asked is None:
+        asked = REFERENCE if REFERENCE in variants else {}
+    if isinstance(asked, str):
+        asked = {variant: asked for variant in variants if variant != asked}
+    if not isinstance(asked, dict):
+        raise ConfigError(f"against={asked!r} must be a variant, or variants and their references")
+    for name in (*asked.keys(), *asked.values()):
+        if not isinstance(name, str) or name not in variants:
+            raise ConfigError(f"against names {name!r}, which is not a variant")
+    for variant, reference in asked.items():
+        if variant == reference:
+            raise ConfigError(f"against.{variant} is that variant itself; name another, or none")
+    return asked
 
 
 def _base(path: Path, base: str | dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from attamba.studies.tables import (
     Told,
     copy_table,
     dial_table,
+    glance_table,
     made_with,
     memory_table,
     position_table,
@@ -32,6 +33,10 @@ TITLES = {
 NOT_ONE_MEASURE = (
     "The paper's figures are of another corpus and tokenizer, and of code in which chunks were not "
     "compressed: compare the order and the ratios within a column, never numbers across columns."
+)
+ABOVE = (
+    "How far perplexity is above that of the model that a variant is compared with, over the seeds "
+    "that both have."
 )
 TINY_IS_NO_RESULT = (
     "Tiny scale: a few steps on a little text, to try that everything runs. These figures say "
@@ -59,9 +64,12 @@ def write_report(
     if scale == "tiny":
         parts.append(TINY_IS_NO_RESULT)
     shelf = Shelf(results)
-    for study in studies:
-        told = tell(study, shelf, recipes, scale)
-        parts += _section(told, out, f"{group}-{study.name}", written)
+    tolds = [tell(study, shelf, recipes, scale) for study in studies]
+    glance = glance_table(tolds)
+    if glance[1]:
+        parts += ["## At a glance", ABOVE, markdown(glance)]
+    for told in tolds:
+        parts += _section(told, out, f"{group}-{told.study.name}", written)
     page = out / f"{group}.md"
     write_aside(page, ("\n\n".join(parts) + "\n").encode())
     return [page, *written]

@@ -16,8 +16,6 @@ from attamba.studies.results import Result, Shelf
 from attamba.studies.scores import DialScore, make_score
 
 MISSING = "not run"
-REFERENCE = "transformer"
-"""The variant that others are compared with, where a study has it."""
 PAPER_NUMBERS = Path("paper/numbers.json")
 """The paper's figures, below the folder of recipes."""
 
@@ -80,6 +78,19 @@ class Told:
     def scores(self, kind: str) -> list[str]:
         """Names of the scores of a kind."""
         return [name for name, spec in self.study.scores.items() if spec["kind"] == kind]
+
+    def reference(self, row: Row) -> Row | None:
+        """What a variant is compared with."""
+        name = self.study.against.get(row.variant)
+        return next((other for other in self.rows if other.variant == name), None)
+
+    @property
+    def common_reference(self) -> Row | None:
+        """What all others are compared with, where that is one variant."""
+        names = set(self.study.against.values())
+        if len(names) != 1 or len(self.study.against) != len(self.rows) - 1:
+            return None
+        return next(row for row in self.rows if row.variant in names)
 
 
 def tell(study: Study, shelf: Shelf, recipes: Path, scale: Scale) -> Told:
@@ -164,19 +175,22 @@ def quality_table(told: Told) -> Table:
     """Quality beside cost, a row per variant."""
     texts = told.scores("text")
     head = ["model", "runs", "tokens", "parameters", "cache", "keys seen"]
+    common = told.common_reference
+    to = "difference" if common is None else f"to {common.variant}"
     for name in texts:
-        head += [f"{name}: perplexity/token", f"to {REFERENCE}", "bits/byte"]
+        head += [f"{name}: perplexity/token", to, "bits/byte"]
         if name == "wikitext2":
             head.append("perplexity/word")
     head += ["training tokens/s", "peak memory"]
     with_paper = any(row.paper for row in told.rows)
     if with_paper:
-        head += ["paper: perplexity/token", f"paper: to {REFERENCE}", "paper: tokens"]
-    reference = next((row for row in told.rows if row.variant == REFERENCE), None)
-    return head, [_quality_row(row, texts, with_paper, reference) for row in told.rows]
+        head += ["paper: perplexity/token", f"paper: {to}", "paper: tokens"]
+    return head, [_quality_row(told, row, texts, with_paper) for row in told.rows]
 
 
-def _quality_row(row: Row, texts: list[str], with_paper: bool, reference: Row | None) -> list[str]:
+def _quality_row(told: Told, row: Row, texts: list[str], with_paper: bool) -> list[str]:
+    reference = told.reference(row)
+    than = "" if reference is None or told.common_reference else f" to {reference.variant}"
     cells = [row.variant, f"{len(row.results)} of {row.n_seeds}"]
     if row.first is None:
         cells += [MISSING, "", "", ""]
@@ -184,22 +198,22 @@ def _quality_row(row: Row, texts: list[str], with_paper: bool, reference: Row | 
         tokens, parameters = row.first.end["tokens"], row.first.run["parameters"]
         cells += [_millions(tokens), _millions(parameters), *_cost_cells(row)]
     for name in texts:
-        cells += [_score(row, name, "perplexity", 2), _against(row, reference, name)]
+        cells += [_score(row, name, "perplexity", 2), _against(row, reference, name, than)]
         cells.append(_score(row, name, "bits_per_byte", 4))
         if name == "wikitext2":
             word = row.mean(name, "word_perplexity")
             cells.append("" if word is None else f"{word:.4g}")
     cells += _speed_cells(row)
     if with_paper:
-        cells += _paper_cells(row.paper, {} if reference is None else reference.paper)
+        cells += _paper_cells(row.paper, {} if reference is None else reference.paper, than)
     return cells
 
 
-def _paper_cells(paper: dict[str, Any], reference: dict[str, Any]) -> list[str]:
-    """The paper's perplexity, how far it is above its transformer's, and its tokens."""
+def _paper_cells(paper: dict[str, Any], reference: dict[str, Any], than: str) -> list[str]:
+    """The paper's perplexity, how far it is above that of its reference, and its tokens."""
     if not paper:
         return ["", "", ""]
-    ratio = "" if reference is paper else _signed(paper_above(paper, reference))
+    ratio = _signed(paper_above(paper, reference), than)
     return [f"{paper['perplexity']:.2f}", ratio, _millions(paper["tokens"])]
 
 
@@ -228,9 +242,9 @@ def _speed_cells(row: Row) -> list[str]:
     ]
 
 
-def _against(row: Row, reference: Row | None, score: str) -> str:
-    """How far a perplexity is above the reference's, in percent."""
-    return "" if reference is None or row is reference else _signed(above(row, reference, score))
+def _against(row: Row, reference: Row | None, score: str, than: str = "") -> str:
+    """How far a perplexity is above the reference's, in percent, and whose that is."""
+    return "" if reference is None else _signed(above(row, reference, score), than)
 
 
 def above(row: Row, reference: Row, score: str) -> float | None:
@@ -242,8 +256,31 @@ def above(row: Row, reference: Row, score: str) -> float | None:
     return sum(here[seed] for seed in both) / sum(there[seed] for seed in both) - 1
 
 
-def _signed(share: float | None) -> str:
-    return "" if share is None else f"{share:+.1%}"
+def _signed(share: float | None, than: str = "") -> str:
+    return "" if share is None else f"{share:+.1%}{than}"
+
+
+def glance_table(tolds: list[Told]) -> Table:
+    """How far the variants of all studies are above what they are compared with; a row for each
+    that can be."""
+    texts = list(dict.fromkeys(name for told in tolds for name in told.scores("text")))
+    head = ["model", "compared with", "tokens"]
+    for name in texts:
+        head += [f"{name}: perplexity/token", "difference"]
+    head.append("paper: difference")
+    rows = []
+    for told in tolds:
+        for row in told.rows:
+            reference = told.reference(row)
+            if reference is None or all(above(row, reference, name) is None for name in texts):
+                continue
+            assert row.first is not None
+            cells = [f"{told.study.name}/{row.variant}", reference.variant]
+            cells.append(_millions(row.first.end["tokens"]))
+            for name in texts:
+                cells += [_score(row, name, "perplexity", 2), _against(row, reference, name)]
+            rows.append([*cells, _signed(paper_above(row.paper, reference.paper))])
+    return head, rows
 
 
 def _score(row: Row, score: str, figure: str, digits: int) -> str:

@@ -77,6 +77,15 @@ def test_a_grid_is_every_combination(make_study):
     assert study.variants["P4-L1"] == {"mixer.chunk_size": 4, "mixer.leading_tokens": 1}
 
 
+def test_what_variants_are_compared_with(make_study):
+    variants = {"transformer": {}, "a": {}, "b": {}}
+    assert make_study().against == {}
+    assert make_study(variants=variants).against == {"a": "transformer", "b": "transformer"}
+    assert make_study(variants=variants, against="a").against == {"transformer": "a", "b": "a"}
+    assert make_study(variants=variants, against={"b": "a"}).against == {"b": "a"}
+    assert make_study(variants=variants, against={}).against == {}
+
+
 def test_only_chooses_variants_and_runs(make_study):
     study = make_study()
     assert [run.name for run in study.runs("full", "ch*")] == ["chunks-s0", "chunks-s1"]
@@ -107,6 +116,10 @@ def test_a_recipe_survives_json(tmp_path):
         ({"scores": {"b": {"kind": "txt"}}}, "did you mean 'text'"),
         ({"scores": {"b": {"kind": "text", "contxt": 3}}}, "did you mean 'context'"),
         ({"paper": {"nobody": "x"}}, "paper names 'nobody', which is not a variant"),
+        ({"against": "nobody"}, "against names 'nobody', which is not a variant"),
+        ({"against": {"full": ["chunks"]}}, "against names ['chunks'], which is not a variant"),
+        ({"against": {"full": "full"}}, "against.full is that variant itself"),
+        ({"against": ["full"]}, "against=['full'] must be a variant, or variants and their"),
         ({"base": {"train": {"stps": 3}}}, "did you mean 'steps'"),
     ],
 )

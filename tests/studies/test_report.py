@@ -144,6 +144,29 @@ def test_the_plot_beside_the_paper(done, make_study, place, tmp_path):
     assert "33.50" in plain and "30.00" in plain and "40.00" in plain and "not run" in plain
 
 
+def test_variants_are_compared_with_what_the_recipe_names(done, make_study, place, tmp_path):
+    """One for all has its name in the head; others are named beside the difference."""
+    results = {r.path.stem: r for r in map(read_result, (place.results / "little").iterdir())}
+    full, chunks = (
+        results[f"{name}-s0"].scores["books"]["perplexity"] for name in ("transformer", "chunks")
+    )
+    difference = f"{100 * (full / chunks - 1):+.1f}%"
+    variants = {"full": done.variants["transformer"], "late": {}, "chunks": done.variants["chunks"]}
+    common = {"variants": variants, "scores": {"books": BOOKS}, "paper": {}}
+    make_study("one", **common, against="chunks")
+    make_study("pairs", **common, against={"full": "chunks", "chunks": "late"})
+    page = write_report("main", tmp_path / "recipes", place.results, tmp_path / "report")[0]
+    text = page.read_text(encoding="utf-8")
+    one, pairs, glance = (_rows(text, title) for title in ("one", "pairs", "At a glance"))
+    at = one["model"].index("to chunks")
+    assert one["full"][at] == difference and not one["chunks"][at]
+    assert pairs["full"][pairs["model"].index("difference")] == f"{difference} to chunks"
+    # What has not been run is compared with nothing, nor is anything with it.
+    of_these = {name for name in glance if name.startswith(("one/", "pairs/"))}
+    assert of_these == {"one/full", "pairs/full"}
+    assert glance["one/full"][1] == "chunks" and glance["one/full"][4] == difference
+
+
 def test_a_report_shows_what_another_study_has_run(done, make_study, place, tmp_path):
     variants = {"same": done.variants["chunks"], "new": {"optim.lr": 1e-4}}
     make_study("other", variants=variants, scores=done.scores, paper={})
@@ -289,3 +312,14 @@ def test_the_readme_shows_the_report_as_it_is(section, study, n_runs):
         table = next(table for table in report if column in table["model"])
         at = table["model"].index(column)
         assert [shown[name][i] for name in shown] == [table[name][at] for name in shown]
+
+
+def test_the_readme_shows_single_changes_as_they_are():
+    """Every variant with a result, of the studies it names, row by row as in the report."""
+    folder = Path(__file__).parents[2] / "studies"
+    report = _rows((folder / "report" / "ablations.md").read_text(encoding="utf-8"), "At a glance")
+    shown = _rows((folder / "README.md").read_text(encoding="utf-8"), "One thing at a time")
+    studies = {name.split("/")[0] for name in shown if "/" in name}
+    assert len(studies) == 8
+    wanted = {name for name in report if name.split("/")[0] in studies}
+    assert shown == {name: report[name] for name in ("model", "---", *wanted)}
