@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from attamba.studies.tables import (
     at_setting,
     dial_of,
     paper_above,
+    percent,
     position_edges,
     settings_of,
 )
@@ -163,8 +164,8 @@ def beside_paper(told: Told, path: Path, *, score: str) -> None:
         theirs = [row.paper["perplexity"] for row in rows]
         form, label = "{:.2f}", "perplexity per token"
     else:
-        ours = [_percent(above(row, reference, score)) for row in rows]
-        theirs = [_percent(paper_above(row.paper, reference.paper)) for row in rows]
+        ours = _percents(above(row, reference, score) for row in rows)
+        theirs = _percents(paper_above(row.paper, reference.paper) for row in rows)
         form, label = "{:+.1f}%", f"perplexity above that of {reference.variant} (%)"
     with _figure(path, (9.2, 1.2 + 0.32 * len(rows)), panels=2) as (left, right):
         _bars(left, ours, form, plots.COLOURS["attamba"])
@@ -189,8 +190,8 @@ def _known_reference(told: Told) -> Row | None:
     return reference if reference is not None and reference.results else None
 
 
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
+def _percents(shares: Iterable[float | None]) -> list[float | None]:
+    return [None if share is None else percent(share) for share in shares]
 
 
 def _bars(ax: Axes, values: Sequence[float | None], form: str, colour: str) -> None:

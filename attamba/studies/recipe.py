@@ -11,8 +11,8 @@ A recipe is a YAML file, or the same tree as JSON for machines without pyyaml:
     grid:      {P: {mixer.chunk_size: [4, 8]}, L: {mixer.leading_tokens: [1, 8]}}: variants P4-L1,
                P4-L8, P8-L1 and P8-L8 besides the named ones
     scores:    {name: {kind: text, ...}, ...}; see scores.py
-    against:   the variant that the others are compared with, or {variant: that one's}; a variant
-               called transformer where nothing is said
+    against:   the variant that the others are compared with, or {variant: what it is compared
+               with}; where nothing is said the variant called transformer, if there is one
     paper:     {variant: name in studies/paper/numbers.json}
     tiny:      keys that --scale tiny changes besides TINY
 """
@@ -108,7 +108,7 @@ class Study:
     variants: dict[str, dict[str, Any]]
     scores: dict[str, dict[str, Any]]
     against: dict[str, str] = field(default_factory=dict)
-    """The variant that a variant is compared with; not for those that others are compared with."""
+    """Which variant a variant is compared with; those that are compared with none are not there."""
     paper: dict[str, str] = field(default_factory=dict)
     tiny: dict[str, Any] = field(default_factory=dict)
 
@@ -225,14 +225,14 @@ def _study(path: Path, tree: dict[str, Any]) -> Study:
         seeds=seeds,
         variants=variants,
         scores=scores,
-        against=_against(tree.get("against"), variants),
+        against=_references(tree.get("against"), variants),
         paper=paper,
         tiny=tree.get("tiny") or {},
     )
 
 
-def _against(asked: str | dict[str, str] | None, variants: dict[str, Any]) -> dict[str, str]:
-    """Each variant's reference."""
+def _references(asked: str | dict[str, str] | None, variants: dict[str, Any]) -> dict[str, str]:
+    """What `against` says, variant by variant. Raises ConfigError for what names no variant."""
     if asked is None:
         asked = REFERENCE if REFERENCE in variants else {}
     if isinstance(asked, str):

@@ -35,8 +35,8 @@ NOT_ONE_MEASURE = (
     "compressed: compare the order and the ratios within a column, never numbers across columns."
 )
 ABOVE = (
-    "How far perplexity is above that of the model that a variant is compared with, over the seeds "
-    "that both have."
+    "Differences are to the model that a variant is compared with, over the seeds that both have; "
+    "perplexities are means over all. Studies may score other parts of a text: compare within one."
 )
 TINY_IS_NO_RESULT = (
     "Tiny scale: a few steps on a little text, to try that everything runs. These figures say "

@@ -198,7 +198,7 @@ def _quality_row(told: Told, row: Row, texts: list[str], with_paper: bool) -> li
         tokens, parameters = row.first.end["tokens"], row.first.run["parameters"]
         cells += [_millions(tokens), _millions(parameters), *_cost_cells(row)]
     for name in texts:
-        cells += [_score(row, name, "perplexity", 2), _against(row, reference, name, than)]
+        cells += [_score(row, name, "perplexity", 2), _difference(row, reference, name, than)]
         cells.append(_score(row, name, "bits_per_byte", 4))
         if name == "wikitext2":
             word = row.mean(name, "word_perplexity")
@@ -242,8 +242,8 @@ def _speed_cells(row: Row) -> list[str]:
     ]
 
 
-def _against(row: Row, reference: Row | None, score: str, than: str = "") -> str:
-    """How far a perplexity is above the reference's, in percent, and whose that is."""
+def _difference(row: Row, reference: Row | None, score: str, than: str = "") -> str:
+    """How far a perplexity is above the reference's, in percent; see _signed."""
     return "" if reference is None else _signed(above(row, reference, score), than)
 
 
@@ -257,7 +257,13 @@ def above(row: Row, reference: Row, score: str) -> float | None:
 
 
 def _signed(share: float | None, than: str = "") -> str:
-    return "" if share is None else f"{share:+.1%}{than}"
+    """A difference in percent; than: what follows it, " to uniform"."""
+    return "" if share is None else f"{percent(share):+.1f}%{than}"
+
+
+def percent(share: float) -> float:
+    """To a tenth, and never minus zero."""
+    return round(100 * share, 1) + 0.0
 
 
 def glance_table(tolds: list[Told]) -> Table:
@@ -278,7 +284,7 @@ def glance_table(tolds: list[Told]) -> Table:
             cells = [f"{told.study.name}/{row.variant}", reference.variant]
             cells.append(_millions(row.first.end["tokens"]))
             for name in texts:
-                cells += [_score(row, name, "perplexity", 2), _against(row, reference, name)]
+                cells += [_score(row, name, "perplexity", 2), _difference(row, reference, name)]
             rows.append([*cells, _signed(paper_above(row.paper, reference.paper))])
     return head, rows
 
