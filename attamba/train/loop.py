@@ -59,6 +59,11 @@ class TrainResult:
     """Is this rank 0, which speaks for all?"""
 
 
+UNREADABLE, ASKED, PREEMPTED = 1, 2, 3
+"""Why training stops before its end; the larger outweighs. A rank's next rows cannot be read, which
+its next step says; Ctrl-C or should_stop; SIGTERM or SIGUSR1."""
+
+
 def train(
     config: RunConfig,
     *,
@@ -79,6 +84,8 @@ def train(
     resume: False refuses a folder that holds a checkpoint.
     on_log: called with each record after it was written to metrics.jsonl; on rank 0.
     should_stop: asked after each step; True saves and leaves as Ctrl-C does (a time limit).
+
+    Where the rows of a step cannot be read, what came before is saved first.
 
     Raises ConfigError for a configuration that cannot be used or is not the folder's, and for
     tasks that cannot be loaded; DataError for the data; CheckpointError if one cannot be written
@@ -264,6 +271,7 @@ class Loop:
         """One step, and what is due after it."""
         run, every = self.run, self.run.config.train
         run.take_step()
+        readable = run.read_ahead()
         own = [record for observer in self.observers for record in observer.after_step(run)]
         logs = self._due(every.log_every)
         # A GPU is not waited for between records; a CPU is done already.
@@ -278,12 +286,17 @@ class Loop:
         for record in own:
             self._log(record)
         self._evaluate()
-        stopping = self._stopping()
+        stopping = self._stopping(readable)
         if self._due(every.save_every) or stopping:
             self.metrics.sync()
             run.save()
-        if stopping and run.step < every.steps:
-            raise (TrainingPreempted if stopping == 2 else TrainingInterrupted)(
+        if stopping == UNREADABLE:
+            run.finish_saving()
+            self.progress.say(
+                f"Saved a checkpoint after step {run.step}: the rows of the next cannot be read"
+            )
+        elif stopping and run.step < every.steps:
+            raise (TrainingPreempted if stopping == PREEMPTED else TrainingInterrupted)(
                 f"Stopped after step {run.step} of {every.steps} and saved a checkpoint; the "
                 f"same command goes on from it (out={run.config.out})"
             )
@@ -298,11 +311,14 @@ class Loop:
         if self.tasks is not None and self._due(run.config.eval.every):
             self._log({"kind": "tasks", **run.score(self.tasks)})
 
-    def _stopping(self) -> int:
-        """0: no. 1: Ctrl-C or should_stop. 2: preempted. If one rank stops, all do."""
-        asked = int(self.stop.requested)
+    def _stopping(self, readable: bool) -> int:
+        """Why to save now and stop, or 0; if one rank has a reason, all do.
+
+        readable: has this rank the rows of the next step?
+        """
+        asked = ASKED if self.stop.requested else 0 if readable else UNREADABLE
         # Looked at last: what comes while should_stop is asked is seen, and outweighs its answer.
-        return self.run.ranks.largest(2 if self.stop.preempted else asked)
+        return self.run.ranks.largest(PREEMPTED if self.stop.preempted else asked)
 
     def _due(self, every: int) -> bool:
         """Is it the last step, or one in `every`? 0: the last alone."""

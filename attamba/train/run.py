@@ -184,8 +184,6 @@ class Run:
         Raises TrainingDiverged where spikes.max_in_a_row or spikes.max_skipped is reached.
         """
         began = time.perf_counter()
-        if self.device.type == "cuda":
-            self.read_ahead()
         both = torch.cat([self.pending.double(), self.guard.counts.double()]).tolist()
         self.seconds += time.perf_counter() - began
         (loss, norm), counts = both[:2], [int(count) for count in both[2:]]
@@ -201,17 +199,24 @@ class Run:
             "skipped": n_skipped(counts),
         }
 
-    def read_ahead(self) -> None:
-        """Have the next step's rows on the device, while that is still at the last one."""
+    def read_ahead(self) -> bool:
+        """Have the next step's rows on the device, while that is still at the last one.
+
+        False where they cannot be had: the step that needs them raises, when this one is saved.
+        """
         if self.step == self.config.train.steps or self.step in self._ahead:
-            return
+            return True
+        began = time.perf_counter()
         self.watchdog.beat(f"reading the rows of step {self.step + 1}")
         try:
             with self.phases("data", on_host=True):
                 self._ahead = {self.step: self.send(self.sources.train.batch(self.step))}
         except (DataError, OSError, torch.OutOfMemoryError):
-            pass  # raised by the step that needs them, when this one is told and saved
-        self.watchdog.beat(f"step {self.step}")
+            return False
+        finally:
+            self.watchdog.beat(f"step {self.step}")
+            self.seconds += time.perf_counter() - began
+        return True
 
     def _rows_of(self, step: int) -> StepRows:
         ahead, self._ahead = self._ahead, {}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attamba.config import ConfigError, from_dict
-from attamba.data import Batch, DataError, load_tokenizer, prepare, train_bpe
+from attamba.data import Batch, DataError, OrderedRows, load_tokenizer, prepare, train_bpe
 from attamba.models import Decoder
 from attamba.train import TrainingDiverged, list_checkpoints, load, read_metrics, train
 from attamba.train import run as run_module
@@ -132,7 +132,6 @@ def test_what_is_wrong_with_a_boundary_is_said_before_texts_are_read(make_config
 
 
 def test_rows_read_ahead_are_the_next_step_s(make_config, tmp_path, monkeypatch):
-    """As is done on a GPU, which is busy meanwhile."""
     found, asked = [], []
     for ahead in (False, True):
         run = run_of(make_config({"train.steps": 3}), tmp_path)
@@ -146,8 +145,8 @@ def test_rows_read_ahead_are_the_next_step_s(make_config, tmp_path, monkeypatch)
         while run.step < 3:
             run.take_step()
             if ahead:
-                run.read_ahead()
-                run.read_ahead()
+                assert run.read_ahead()
+                assert run.read_ahead()
             found[-1].append(run.read()["loss"])
         monkeypatch.undo()
     assert found[0] == found[1] and asked == [0, 1, 2] * 2
@@ -163,10 +162,29 @@ def test_rows_that_cannot_be_read_ahead_stop_the_step_that_needs_them(
         raise DataError("the shard is gone")
 
     monkeypatch.setattr(type(run.sources.train), "batch", fail)
-    run.read_ahead()
+    assert not run.read_ahead()
     assert run.read()["loss"] > 0
     with pytest.raises(DataError, match="the shard is gone"):
         run.take_step()
+
+
+def test_what_came_before_rows_that_cannot_be_read_is_saved(make_config, monkeypatch):
+    overrides = {"train.steps": 6, "train.save_every": 0, "train.eval_every": 0}
+    straight = train(make_config(overrides, out="straight"))
+    config = make_config(overrides, out="run")
+    batch = OrderedRows.batch
+
+    def gone(self, step):
+        if step == 4:
+            raise DataError("the shard is gone")
+        return batch(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OrderedRows, "batch", gone)
+        with pytest.raises(DataError, match="the shard is gone"):
+            train(config)
+    assert [c.name for c in list_checkpoints(config.out)] == ["step-00000004"]
+    assert losses(train(config)) == losses(straight)
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,11 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from attamba.cli import main
 from attamba.config import RunConfig
-from attamba.train import (
-    CheckpointError,
-    list_checkpoints,
-    load,
-    sharded,
-    train,
-)
+from attamba.data import Batch, DataError
+from attamba.train import CheckpointError, list_checkpoints, load, sharded, train
 from attamba.train.checkpoint import MODEL, OPTIMIZER, read_tensors
+from attamba.train.distributed import RankLost
+from attamba.train.sources import RankRows
 
 
 def on_mesh(config: RunConfig, replicate: int, shard: int) -> RunConfig:
@@ -207,6 +204,29 @@ def test_a_checkpoint_that_one_rank_cannot_read_is_told_on_all(make_config):
         assert "cannot read" in text and "Input/output error" in text
         assert "the same command goes on" in text
     assert list_checkpoints(config.out)[-1].name == "step-00000005"
+
+
+def rows_gone(config: RunConfig) -> str:
+    """Rank 1 cannot read its rows of step 6."""
+    batch = RankRows.batch
+
+    def gone(self: RankRows, step: int) -> Batch:
+        if self.rank == 1 and step == 5:
+            raise DataError("the shard is gone")
+        return batch(self, step)
+
+    RankRows.batch = gone  # type: ignore[method-assign]
+    with pytest.raises((DataError, RankLost)) as caught:
+        train(config)
+    return str(caught.value)
+
+
+def test_what_came_before_rows_that_one_rank_cannot_read_is_saved(make_config, straight):
+    config = make_config()
+    other, own = on_ranks(2, rows_gone, config)
+    assert own == "the shard is gone" and "another rank is gone" in other
+    assert list_checkpoints(config.out)[-1].name == "step-00000005"
+    assert on_ranks(2, train_until, config) == straight[1]
 
 
 def slow_writing(config: RunConfig) -> list[list[int]]:
