@@ -159,9 +159,8 @@ class Run:
         """One optimizer step, without waiting for the device: `read` tells how it went."""
         began = time.perf_counter()
         self.watchdog.beat(f"reading the rows of step {self.step + 1}")
-        with self.phases("data", on_host=True):
-            rows = self._rows_of(self.step)
-            self.batch = rows.batch
+        rows = self._ahead.pop(self.step, None) or self._rows_of(self.step)
+        self.batch = rows.batch
         self.watchdog.beat(f"step {self.step + 1}")
         self.model.set_draw(_draw_of(self.config.train.seed, self.step))
         self.optimizer.zero_grad()
@@ -209,8 +208,7 @@ class Run:
         began = time.perf_counter()
         self.watchdog.beat(f"reading the rows of step {self.step + 1}")
         try:
-            with self.phases("data", on_host=True):
-                self._ahead = {self.step: self.send(self.sources.train.batch(self.step))}
+            self._ahead = {self.step: self._rows_of(self.step)}
         except (DataError, OSError, torch.OutOfMemoryError):
             return False
         finally:
@@ -219,8 +217,8 @@ class Run:
         return True
 
     def _rows_of(self, step: int) -> StepRows:
-        ahead, self._ahead = self._ahead, {}
-        return ahead[step] if step in ahead else self.send(self.sources.train.batch(step))
+        with self.phases("data", on_host=True):
+            return self.send(self.sources.train.batch(step))
 
     def send(self, batch: Batch) -> StepRows:
         """This rank's rows to its device, in train.accumulate equal parts, without waiting."""

@@ -41,11 +41,11 @@ def curve(folder: str) -> list[tuple]:
 
 
 def told_to_leave(config: RunConfig, number: int) -> tuple[str, int, str]:
-    """Rank 1 alone gets the signal, twice, before its sixth step."""
+    """Rank 1 alone gets the signal, twice, in its sixth step, where it reads the next rows."""
     batch = Batches.batch
 
     def signalled(self: Batches, step: int):
-        if os.environ["RANK"] == "1" and step // 2 == 5:
+        if os.environ["RANK"] == "1" and step // 2 == 6:
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)
         return batch(self, step)
@@ -237,7 +237,7 @@ def test_ranks_may_wait_for_texts_longer_than_a_step_may_take(make_config):
 def write_slowly(config: RunConfig, blocks: int, told: bool) -> None:
     """Each rank hashes a block in half a second of what it writes after step 2, then no more.
 
-    told: rank 1 gets a signal that is to save and leave, before its third step.
+    told: rank 1 gets a signal that is to save and leave, in its third step.
     """
     tell_in_a_file(config)
     hash_files, batch = Saver._hash, Batches.batch
@@ -251,7 +251,7 @@ def write_slowly(config: RunConfig, blocks: int, told: bool) -> None:
         return hash_files(self, aside)
 
     def signalled(self: Batches, step: int):
-        if told and os.environ["RANK"] == "1" and step // 2 == 2:
+        if told and os.environ["RANK"] == "1" and step // 2 == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(self, step)
 
