@@ -97,7 +97,7 @@ class Run:
         """P of the last step, where train.chunk_sizes draws it."""
         self.batch: Batch | None = None
         """This rank's rows of the last step."""
-        self._ahead: dict[int, StepRows] = {}
+        self._ahead: StepRows | None = None
         """Rows of the step to come, if they have been read and sent."""
         self.pending = torch.zeros(2, device=self.device)
         """Loss and gradient norm of the last step, on the device."""
@@ -159,7 +159,7 @@ class Run:
         """One optimizer step, without waiting for the device: `read` tells how it went."""
         began = time.perf_counter()
         self.watchdog.beat(f"reading the rows of step {self.step + 1}")
-        rows = self._ahead.pop(self.step, None) or self._rows_of(self.step)
+        rows, self._ahead = self._ahead or self._next_rows(), None
         self.batch = rows.batch
         self.watchdog.beat(f"step {self.step + 1}")
         self.model.set_draw(_draw_of(self.config.train.seed, self.step))
@@ -203,12 +203,12 @@ class Run:
 
         False where they cannot be had: the step that needs them raises, when this one is saved.
         """
-        if self.step == self.config.train.steps or self.step in self._ahead:
+        if self.step == self.config.train.steps or self._ahead is not None:
             return True
         began = time.perf_counter()
         self.watchdog.beat(f"reading the rows of step {self.step + 1}")
         try:
-            self._ahead = {self.step: self._rows_of(self.step)}
+            self._ahead = self._next_rows()
         except (DataError, OSError, torch.OutOfMemoryError):
             return False
         finally:
@@ -216,9 +216,9 @@ class Run:
             self.seconds += time.perf_counter() - began
         return True
 
-    def _rows_of(self, step: int) -> StepRows:
+    def _next_rows(self) -> StepRows:
         with self.phases("data", on_host=True):
-            return self.send(self.sources.train.batch(step))
+            return self.send(self.sources.train.batch(self.step))
 
     def send(self, batch: Batch) -> StepRows:
         """This rank's rows to its device, in train.accumulate equal parts, without waiting."""
