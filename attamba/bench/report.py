@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from attamba.bench import common, data, decode, hf, kernels, loop, train
+from attamba.bench import common, data, decode, hf, kernels, loop, train, tune
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -38,6 +38,7 @@ def tables(record: dict[str, Any]) -> list[common.Table]:
         "kernels": kernels,
         "loop": loop,
         "train": train,
+        "tune": tune,
     }
     return own[record["benchmark"]].tables(record)
 

@@ -13,7 +13,7 @@ import itertools
 import math
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from attamba.bench import common
@@ -127,26 +127,53 @@ def launches(shape: Shape, device: Any) -> dict[str, Callable[[Tiles], None]]:
 
 
 def best(rows: list[dict[str, Any]]) -> list[str]:
-    """The fastest tiles of each kernel and width over all lengths, and per length."""
-    names = ("block_m", "block_n", "window_n", "warps", "stages")
+    """The fastest tiles of each kernel and width over all lengths, with their times."""
     lines = []
-    for kernel, width in dict.fromkeys((r["kernel"], r["width"]) for r in rows):
-        mine = [r for r in rows if (r["kernel"], r["width"]) == (kernel, width)]
-        lengths = sorted({r["length"] for r in mine})
-        fastest = {t: min(r["ms"] for r in mine if r["length"] == t) for t in lengths}
+    for kernel, width, mine in _by_kernel(rows):
+        fastest = {r["length"]: r["ms"] for r in _fastest(mine)}
         loss: dict[tuple[int, ...], float] = {}
         for r in mine:
-            tile = tuple(r[n] for n in names)
-            loss[tile] = loss.get(tile, 0.0) + math.log(r["ms"] / fastest[r["length"]])
+            loss[_tile(r)] = loss.get(_tile(r), 0.0) + math.log(r["ms"] / fastest[r["length"]])
         ranked = sorted(loss, key=loss.__getitem__)[:3]
         for tile in ranked:
             times = ", ".join(
                 f"{r['length']}: {r['ms']:.3f} (best {fastest[r['length']]:.3f})"
                 for r in mine
-                if tuple(r[n] for n in names) == tile
+                if _tile(r) == tile
             )
             lines.append(f"{kernel} width {width}: Tiles{tile}  # ms at {times}")
     return lines
+
+
+def tables(record: dict[str, Any]) -> list[common.Table]:
+    """The fastest tiles of each kernel at each length, of a record that run() made."""
+    cells = [
+        [
+            f"{kernel}, heads of {width}",
+            *(f"{', '.join(map(str, _tile(r)))}: {r['ms']:.3f} ms" for r in _fastest(mine)),
+        ]
+        for kernel, width, mine in _by_kernel(record["rows"])
+    ]
+    head = ["kernel", *(f"{length:,} tokens" for length in record["settings"]["lengths"])]
+    return [common.Table("fastest tiles (block_m, block_n, window_n, warps, stages)", head, cells)]
+
+
+def _by_kernel(rows: list[dict[str, Any]]) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
+    """Each kernel and width of heads, and its rows."""
+    for kernel, width in dict.fromkeys((r["kernel"], r["width"]) for r in rows):
+        yield kernel, width, [r for r in rows if (r["kernel"], r["width"]) == (kernel, width)]
+
+
+def _fastest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One kernel's fastest row of each length, in order of lengths."""
+    lengths = sorted({r["length"] for r in rows})
+    return [min((r for r in rows if r["length"] == t), key=lambda r: r["ms"]) for t in lengths]
+
+
+def _tile(row: dict[str, Any]) -> tuple[int, ...]:
+    """A row's tile, in the order of Tiles."""
+    names = ("block_m", "block_n", "window_n", "warps", "stages")
+    return tuple(row[name] for name in names)
 
 
 def _compiles(job: tuple[str, Tiles, int, int]) -> bool:

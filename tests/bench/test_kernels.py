@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,9 @@ import torch
 from attamba.bench import common, kernels, plot, report, train_gpu, tune
 from attamba.config import ConfigError
 from attamba.models.accounting import attention_entries, cache_bytes, n_parameters
-from attamba.ops.chunk_attention.tiles import KERNELS
+from attamba.ops.chunk_attention.tiles import KERNELS, LONG, TABLE
+
+SWEEP = Path(__file__).parents[2] / "benchmarks" / "results" / "tune-h200.json"
 
 
 @pytest.mark.parametrize("module", [kernels, tune])
@@ -125,3 +130,24 @@ def test_results_as_a_picture(tmp_path):
     assert [r["length"] for r in plot.joined([record, longer])[0]["rows"]] == [512, 1024, 8192]
     elsewhere = longer | {"environment": {"device": "another"}}
     assert len(plot.joined([record, elsewhere])) == 2
+
+
+def test_tiles_are_those_that_were_measured():
+    """Each is within 10% of the fastest of the sweep, at every length that it is for."""
+    record = json.loads(SWEEP.read_text())
+    chunk_size, ms = record["settings"]["chunk_size"], {}
+    for row in record["rows"]:
+        tile = tune._tile(row)
+        ms.setdefault((row["kernel"], row["width"], row["length"]), {})[tile] = row["ms"]
+    for (chip, width), kernels_of in TABLE.items():
+        assert chip == 9  # the sweep's
+        for (kernel, head_width, length), times in ms.items():
+            if head_width == width:
+                tile = kernels_of[kernel][length // chunk_size >= LONG]
+                assert times[dataclasses.astuple(tile)] < 1.1 * min(times.values())
+
+
+def test_a_sweep_is_a_table():
+    text = report.markdown(json.loads(SWEEP.read_text()))
+    assert "| kernel | 1,024 tokens | 8,192 tokens | 65,536 tokens |" in text
+    assert len([line for line in text.splitlines() if ", heads of " in line]) == 2 * len(KERNELS)

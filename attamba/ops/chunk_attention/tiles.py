@@ -44,7 +44,7 @@ TABLE: dict[tuple[int, int], dict[str, tuple[Tiles, Tiles]]] = {
         "window": (Tiles(32, 64, 64, 4, 2), Tiles(32, 64, 64, 4, 2)),
     },
     (9, 128): {
-        "forward": (Tiles(64, 64, 32, 4, 3), Tiles(128, 64, 32, 4, 3)),
+        "forward": (Tiles(64, 32, 32, 4, 3), Tiles(128, 64, 32, 4, 3)),
         "dq": (Tiles(64, 64, 32, 4, 3), Tiles(64, 64, 32, 4, 3)),
         "past": (Tiles(32, 64, 64, 4, 3), Tiles(64, 64, 64, 4, 2)),
         "window": (Tiles(32, 64, 64, 4, 3), Tiles(32, 64, 64, 4, 3)),
