@@ -38,6 +38,8 @@ SHADES = {
 MARKERS = "os^Dv*PX"
 PAPER_COLOUR = "#8A929C"
 WIDE = (8.2, 4.4)
+LEAST_RANGE = 0.05
+"""Of perplexities, relative to them: what is level looks level."""
 
 
 @contextmanager
@@ -85,6 +87,10 @@ def quality(told: Told, path: Path, *, score: str) -> None:
         low, high = (math.log2(x) for x in ax.get_xlim())
         ax.set_xlim(2.0 ** math.floor(low), 2.0 ** math.ceil(high))  # two ticks at the least
         ax.xaxis.set_major_formatter(lambda x, place: format_bytes(round(x)))
+        bottom, top = ax.get_ylim()
+        middle = (bottom + top) / 2
+        half = max(top - bottom, LEAST_RANGE * middle) / 2
+        ax.set_ylim(middle - half, middle + half)
         _finish(ax, "cache after a training row (bfloat16)", f"{score}: perplexity per token")
 
 
