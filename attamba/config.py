@@ -225,7 +225,11 @@ class TrainConfig:
     accumulate: int = 1
     """Forward/backward passes per step; divides data.batch_size."""
     seed: int = 0
-    """Initial weights, data order, random boundaries."""
+    """Initial weights (without train.init_from), data order, random boundaries."""
+    init_from: str | None = None
+    """Run folder (its newest checkpoint) or checkpoint whose weights training begins with; steps,
+    optimizer and data begin anew. The model must have parameters of the same names and shapes, and
+    the data its tokenizer. Default: random weights."""
     device: str = "auto"
     """auto (CUDA if there is one, else CPU), cpu, cuda, cuda:1, ..."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -264,6 +268,11 @@ class TrainConfig:
             _at_least(getattr(self, name), 0, f"train.{name}")
         if self.seed >= 1 << 63:
             raise ConfigError(f"train.seed={self.seed} must be below 2^63")
+        if self.init_from == "":
+            raise ConfigError(
+                "train.init_from is empty; name a run folder or a checkpoint, or leave it out for "
+                "random weights"
+            )
         if self.chunk_sizes is not None:
             if not self.chunk_sizes:
                 raise ConfigError("train.chunk_sizes=[] is empty; name one size, or leave it out")

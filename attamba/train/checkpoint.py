@@ -55,6 +55,9 @@ if TYPE_CHECKING:
 MODEL, OPTIMIZER = WEIGHTS, "optimizer.safetensors"
 STATE, CONFIG = "state.json", "config.json"
 
+LEAVES_ALONE = "chunk_size, leading_tokens, boundary, ..."
+"""Keys of a mixer that no parameter's shape depends on, for messages."""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -198,7 +201,14 @@ def load(
     tokenizer = _load_tokenizer(folder, model_config)
     with torch.random.fork_rng(devices=[]):  # the initial weights that load_weights replaces
         model = build_model(model_config)
-    saved = load_weights(model, folder, overrides)
+    why = None
+    if overrides:
+        keys = ", ".join(f"{key}={value}" for key, value in overrides.items())
+        why = (
+            f"the override {keys} changes the model's parameters, for which there are no weights; "
+            f"override only what leaves them alone ({LEAVES_ALONE})"
+        )
+    saved = load_weights(model, folder, why)
     return model.to(device=target, dtype=dtype or saved).eval(), tokenizer
 
 
@@ -287,32 +297,25 @@ def _load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     return tokenizer
 
 
-def load_weights(
-    model: nn.Module, folder: Path, overrides: Mapping[str, Any] | None = None
-) -> torch.dtype | None:
+def load_weights(model: nn.Module, folder: Path, why: str | None = None) -> torch.dtype | None:
     """Copy model.safetensors into `model`, in place, which keeps its dtype; returns the saved one.
 
-    That is None where tensors differ. overrides: what was changed in the checkpoint's config, for
-    the message. Raises CheckpointError for a tensor that is missing, left over or of another shape.
+    That is None where tensors differ. A model that is spread over ranks takes its parts, on all
+    ranks at once. why: what the message says of a tensor that does not fit. Default: that the
+    checkpoint's own files disagree. Raises CheckpointError for a tensor that is missing, left over
+    or of another shape.
     """
     saved, wanted = read_tensors(folder, MODEL), named_tensors(model)
-    why = f"; {folder / CONFIG} and {MODEL} are not of one model"
-    if overrides:
-        keys = ", ".join(f"{key}={value}" for key, value in overrides.items())
-        why = (
-            f": the override {keys} changes the model's parameters, for which there are no "
-            f"weights; override only what leaves them alone (chunk_size, leading_tokens, "
-            f"boundary, ...)"
-        )
+    why = why or f"{folder / CONFIG} and {MODEL} are not of one model"
     for name in [*wanted, *(name for name in saved if name not in wanted)]:
         if name not in saved:
-            raise CheckpointError(f"tensor {name} is not in {folder / MODEL}{why}")
+            raise CheckpointError(f"tensor {name} is not in {folder / MODEL}: {why}")
         if name not in wanted:
-            raise CheckpointError(f"tensor {name} of {folder / MODEL} is not in the model{why}")
+            raise CheckpointError(f"tensor {name} of {folder / MODEL} is not in the model: {why}")
         if saved[name].shape != wanted[name].shape:
             raise CheckpointError(
                 f"tensor {name} is {list(saved[name].shape)} in {folder / MODEL} and "
-                f"{list(wanted[name].shape)} in the model{why}"
+                f"{list(wanted[name].shape)} in the model: {why}"
             )
     with torch.no_grad():
         for name, tensor in wanted.items():

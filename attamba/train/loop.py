@@ -33,7 +33,7 @@ from attamba.train.observers import Observer, open_observers
 from attamba.train.passes import check_cuda_graphs
 from attamba.train.progress import Silent, open_progress
 from attamba.train.run import Run, TrainingDiverged
-from attamba.train.run_folder import open_run_folder, told_status, write_config
+from attamba.train.run_folder import find_given, open_run_folder, told_status, write_config
 from attamba.train.sources import Sources, open_sources
 from attamba.train.storage import CheckpointError
 from attamba.train.watchdog import Watchdog
@@ -124,11 +124,15 @@ def open_loop(
             open_progress(run_dir.name, enabled=shown) as progress,
         ):
             checkpoint = open_run_folder(run_dir, config, ranks, resume=resume, say=progress.say)
+            given = None if checkpoint is not None else find_given(config, ranks)
             sources = _sources_of_rank(config, run_dir, ranks, checkpoint is None, progress)
             run = Run(config, sources, ranks, watchdog)
             if checkpoint is not None:
                 run.resume(checkpoint)
                 progress.say(f"Going on from {checkpoint}")
+            elif given is not None:
+                run.begin_with(given)
+                progress.say(f"Beginning with the weights of {given}")
             ranks.on_main(lambda: write_config(run_dir, config))
             with (
                 told_status(run_dir, ranks),

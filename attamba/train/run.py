@@ -13,11 +13,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attamba.config import RunConfig
+from attamba.config import ConfigError, RunConfig
 from attamba.data import UNSCORED, Batch, DataError
 from attamba.models import Decoder, build_model
 from attamba.train import losses
-from attamba.train.checkpoint import restore, save_about, save_checkpoint
+from attamba.train.checkpoint import (
+    LEAVES_ALONE,
+    load_weights,
+    read_state,
+    restore,
+    save_about,
+    save_checkpoint,
+)
 from attamba.train.chunk_sizes import draw_size, set_chunk_size
 from attamba.train.distributed import Ranks
 from attamba.train.guard import Guard, n_skipped, step_unless
@@ -27,7 +34,7 @@ from attamba.train.passes import CapturedPasses, Passes
 from attamba.train.phases import Phases
 from attamba.train.run_folder import check_same_data
 from attamba.train.sources import Rows, Sources
-from attamba.train.storage import list_checkpoints, remove_old
+from attamba.train.storage import TOKENIZER, list_checkpoints, remove_old
 from attamba.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -108,6 +115,20 @@ class Run:
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         if "skips" in state:  # older checkpoints have none
             self.guard.restore(state["skips"])
+
+    def begin_with(self, checkpoint: Path) -> None:
+        """Take a verified checkpoint's weights and nothing else of it, on all ranks at once."""
+        given = f"train.init_from={self.config.train.init_from}"
+        if read_state(checkpoint)["tokenizer"] != self.sources.fingerprints["tokenizer"]:
+            raise ConfigError(
+                f"{given}: its tokenizer is not the data's, so that its weights mean other tokens; "
+                f"set data.tokenizer={checkpoint / TOKENIZER}, and prepare folders with that one"
+            )
+        why = (
+            f"{given} has no weights for this model; change only what leaves its parameters alone "
+            f"({LEAVES_ALONE})"
+        )
+        load_weights(self.model, checkpoint, why)
 
     def save(self) -> None:
         """Write a checkpoint, or begin to on several ranks.

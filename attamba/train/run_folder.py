@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from attamba.config import ConfigError, RunConfig, to_dict
 from attamba.data import is_prepared
 from attamba.data.files import hold, write_json
-from attamba.train.checkpoint import read_config
+from attamba.train.checkpoint import OPTIMIZER, read_config
 from attamba.train.storage import (
     CheckpointError,
+    find_checkpoint,
     list_checkpoints,
     remove_leftovers,
     set_aside,
@@ -169,6 +170,25 @@ def _newest_whole(checkpoints: list[Path], ranks: Ranks, say: Callable[[str], No
     if damaged:
         raise damaged[checkpoints[-1]]
     return None
+
+
+def find_given(config: RunConfig, ranks: Ranks) -> Path | None:
+    """The checkpoint that train.init_from means, verified by all ranks together; None without one.
+
+    Raises CheckpointError where there is none, or it is damaged.
+    """
+    path = config.train.init_from
+    if path is None:
+        return None
+    part = (ranks.rank, ranks.size)
+    try:
+        found = ranks.on_main(lambda: find_checkpoint(path))
+        ranks.on_each(partial(verify, found, leave_out=(OPTIMIZER,), part=part))
+    except CheckpointError as error:
+        told = CheckpointError(f"train.init_from={path}: {error}")
+        told.is_echo = getattr(error, "is_echo", False)  # type: ignore[attr-defined]
+        raise told from error
+    return found
 
 
 def write_config(run_dir: Path, config: RunConfig) -> None:
