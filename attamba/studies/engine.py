@@ -1,8 +1,8 @@
 """Trains and scores the runs of a study, skipping what is done and going on with what is not.
 
 A run has a folder, <out>/<scale>/<study>/<run>, with its checkpoints, scores/<name>.json for each
-score that is there, and calls.jsonl: one line per call that worked on it. When all is there the
-result file is written, once and whole.
+score that is there, and calls.jsonl: one line per call that worked on it. Its stages have folders
+in it, stages/1 and so on. When all is there the result file is written, once and whole.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -223,12 +223,18 @@ class _Worker:
         self.run, self.config, self.place = run, config, place
         self.device = resolve_device(config.train.device, "train.device")
         self.folder = Path(config.out)
+        self.trainings = self._trainings()
+        """The configurations to be trained one after the other, the run's own last."""
+        self.under_way = 0
+        """Which of them is trained, or was last."""
         self.began = time.time()
         self.worked = False
         """Did this call get something done? Then it may stop where time is short."""
 
     def go(self) -> Outcome:
         self._clear()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         try:
             step = self._train()
         except TrainingInterrupted:
@@ -257,7 +263,6 @@ class _Worker:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
 
     def _train(self) -> int:
         def on_log(record: Record) -> None:
@@ -266,11 +271,34 @@ class _Worker:
         def should_stop() -> bool:
             return self.place.left() <= self.place.reserve
 
-        return train(self.config, on_log=on_log, should_stop=should_stop).step
+        if list_checkpoints(self.folder):  # its stages are needed no more
+            self.under_way = len(self.trainings) - 1
+        while True:
+            config = self.trainings[self.under_way]
+            step = train(config, on_log=on_log, should_stop=should_stop).step
+            if config is self.trainings[-1]:
+                return step
+            self.under_way += 1
+            self._clear()
+
+    def _trainings(self) -> list[RunConfig]:
+        found: list[RunConfig] = []
+        configs = self.run.stage_configs(lambda tree: resolved(tree, self.run, self.place))
+        for number, config in enumerate([*configs, self.config], 1):
+            if found:  # by where it is, which the run's configuration tells by what it was
+                init = replace(config.train, init_from=found[-1].out)
+                config = replace(config, train=init)
+            if number <= len(configs):
+                config = replace(config, out=str(self.folder / "stages" / str(number)))
+            found.append(config)
+        return found
 
     def _step(self) -> str:
-        state = read_state(find_checkpoint(self.folder))
-        return f"step {state['step']} of {self.config.train.steps}"
+        config = self.trainings[self.under_way]
+        state = read_state(find_checkpoint(config.out))
+        step = f"step {state['step']} of {config.train.steps}"
+        last = self.under_way == len(self.trainings) - 1
+        return step if last else f"{step}, stage {self.under_way + 1} of {len(self.trainings)}"
 
     def _note_call(self) -> None:
         """What this call used; a run may take several calls, on several machines."""
@@ -327,7 +355,17 @@ class _Worker:
             raise _OutOfTimeError
 
     def _metrics(self) -> list[Record]:
-        return read_metrics(self.folder / "metrics.jsonl")
+        """Of the stages too, as of one training: steps, tokens and seconds are counted on."""
+        found: list[Record] = []
+        before = {"step": 0, "tokens": 0, "seconds": 0.0}
+        for config in self.trainings[: self.under_way + 1]:
+            records = read_metrics(Path(config.out) / "metrics.jsonl")
+            found += [
+                r | {key: r[key] + n for key, n in before.items() if key in r} for r in records
+            ]
+            last = next((r for r in reversed(found) if r["kind"] == "train"), before)
+            before = {key: last[key] for key in before}
+        return found
 
     def _write(self, scores: dict[str, Record], **end: Any) -> None:
         metrics = self._metrics()

@@ -10,6 +10,8 @@ A recipe is a YAML file, or the same tree as JSON for machines without pyyaml:
     variants:  {name: {key: value, ...}, ...}
     grid:      {P: {mixer.chunk_size: [4, 8]}, L: {mixer.leading_tokens: [1, 8]}}: variants P4-L1,
                P4-L8, P8-L1 and P8-L8 besides the named ones
+    stages:    [{key: value, ...}, ...]: trainings that come before the run's own, by the keys that
+               they change of it. Each begins with the weights of the one before it
     scores:    {name: {kind: text, ...}, ...}; see scores.py
     against:   the variant that the others are compared with, or {variant: what it is compared
                with}; where nothing is said the variant called transformer, if there is one
@@ -38,8 +40,8 @@ GROUPS = ("paper", "main", "ablations", "memory")
 SUFFIXES = (".yaml", ".json")
 
 KEYS = (
-    *("question", "report", "base", "set", "seeds", "variants", "grid", "scores", "against"),
-    *("paper", "tiny", "name"),
+    *("question", "report", "base", "set", "seeds", "variants", "grid", "stages", "scores"),
+    *("against", "paper", "tiny", "name"),
 )
 REFERENCE = "transformer"
 """What variants are compared with where a recipe does not say `against`."""
@@ -68,6 +70,9 @@ TINY_LAYERS = 2
 """Layers at tiny scale; a hybrid keeps one of each in its list."""
 
 
+Resolve = Callable[[dict[str, Any]], dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Run:
     """One training and its scores."""
@@ -79,19 +84,29 @@ class Run:
     tree: dict[str, Any]
     """The configuration before it is checked; separators may still be words."""
     scores: dict[str, dict[str, Any]]
+    stages: tuple[dict[str, Any], ...] = ()
+    """The configurations, likewise, of the trainings before it."""
 
     @property
     def name(self) -> str:
         return f"{self.variant}-s{self.seed}"
 
-    def config(self, resolve: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> RunConfig:
+    def config(self, resolve: Resolve = dict) -> RunConfig:
         """The configuration. resolve: last changes to the tree (paths of data, separators).
 
-        Raises ConfigError where it cannot be.
+        train.init_from tells its stages, where it has some. Raises ConfigError where it cannot be.
         """
-        config = from_dict(RunConfig, resolve(self.tree))
-        config.validate()
-        return config
+        return _checked(resolve(self.tree))
+
+    def stage_configs(self, resolve: Resolve = dict) -> list[RunConfig]:
+        """Those of its stages, in their order. Raises ConfigError where one cannot be."""
+        return [_checked(resolve(tree)) for tree in self.stages]
+
+
+def _checked(tree: dict[str, Any]) -> RunConfig:
+    config = from_dict(RunConfig, tree)
+    config.validate()
+    return config
 
 
 @dataclass(frozen=True)
@@ -111,6 +126,8 @@ class Study:
     """Which variant a variant is compared with; those that are compared with none are not there."""
     paper: dict[str, str] = field(default_factory=dict)
     tiny: dict[str, Any] = field(default_factory=dict)
+    stages: tuple[dict[str, Any], ...] = ()
+    """What each training before a run's own changes of it."""
 
     def runs(self, scale: Scale, only: str | None = None) -> list[Run]:
         """Runs in the order of the recipe, every variant's first seed before any second one.
@@ -128,11 +145,18 @@ class Study:
     def _run(self, variant: str, seed: int, scale: Scale) -> Run:
         changes = {**self.common, **self.variants[variant], "train.seed": seed}
         tree = apply_overrides(self.base, changes)
-        if scale == "tiny":
-            mixer = tree.get("model", {}).get("mixer")
-            layers = len(mixer) if isinstance(mixer, list) else TINY_LAYERS
-            tree = apply_overrides(tree, {**TINY, "model.n_layers": layers, **self.tiny})
-        return Run(self.name, variant, seed, scale, tree, self.scores)
+        stages = tuple(self._scaled(apply_overrides(tree, stage), scale) for stage in self.stages)
+        if stages:
+            told = f"stages {json.dumps(self.stages, sort_keys=True)}"
+            tree = apply_overrides(tree, {"train.init_from": told})
+        return Run(self.name, variant, seed, scale, self._scaled(tree, scale), self.scores, stages)
+
+    def _scaled(self, tree: dict[str, Any], scale: Scale) -> dict[str, Any]:
+        if scale == "full":
+            return tree
+        mixer = tree.get("model", {}).get("mixer")
+        layers = len(mixer) if isinstance(mixer, list) else TINY_LAYERS
+        return apply_overrides(tree, {**TINY, "model.n_layers": layers, **self.tiny})
 
     def to_tree(self) -> dict[str, Any]:
         """The recipe as one tree without references to files, for load_study of JSON."""
@@ -144,6 +168,7 @@ class Study:
             "set": self.common,
             "seeds": list(self.seeds),
             "variants": self.variants,
+            "stages": list(self.stages),
             "scores": self.scores,
             "against": self.against,
             "paper": self.paper,
@@ -228,7 +253,20 @@ def _study(path: Path, tree: dict[str, Any]) -> Study:
         against=_references(tree.get("against"), variants),
         paper=paper,
         tiny=tree.get("tiny") or {},
+        stages=_stages(tree.get("stages") or []),
     )
+
+
+def _stages(asked: Any) -> tuple[dict[str, Any], ...]:
+    """What `stages` says. Raises ConfigError for what is no list of changes."""
+    if not isinstance(asked, list) or not all(isinstance(stage, dict) for stage in asked):
+        raise ConfigError(f"stages={asked!r} must be a list of keys and values, a stage to each")
+    for number, stage in enumerate(asked, 1):
+        if "train.init_from" in stage:
+            raise ConfigError(
+                f"stage {number} sets train.init_from, which is the stage before it; leave it out"
+            )
+    return tuple(asked)
 
 
 def _references(asked: str | dict[str, str] | None, variants: dict[str, Any]) -> dict[str, str]:

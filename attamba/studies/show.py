@@ -50,8 +50,9 @@ def _result(run: Run, shelf: Shelf) -> str:
 
 def _size(run: Run) -> tuple[str, str]:
     try:
-        config = run.config()
+        config, stages = run.config(), run.stage_configs()
     except ConfigError as error:
         return "not possible:", str(error)
-    tokens = config.train.steps * config.data.batch_size * config.data.seq_len
+    trainings = [*stages, config]
+    tokens = sum(c.train.steps * c.data.batch_size * c.data.seq_len for c in trainings)
     return f"{n_parameters(config.model) / 1e6:.1f}M", f"{tokens / 1e6:,.1f}M"

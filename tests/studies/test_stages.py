@@ -1,0 +1,155 @@
+"""Runs that are trained in stages, each from the weights of the one before."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from attamba.config import ConfigError
+from attamba.studies.engine import Place, work_on
+from attamba.studies.recipe import load_study, save_json
+from attamba.studies.results import Shelf, read_result, result_path, saved_config
+from attamba.studies.show import run_lines
+from attamba.train import load, train
+from attamba.train.checkpoint import read_config
+
+STAGES = [
+    {"data.seq_len": 8, "data.batch_size": 4, "train.steps": 4},
+    {"data.seq_len": 16, "train.steps": 5},
+]
+
+
+@pytest.fixture
+def study(make_study):
+    return make_study(name="staged", stages=STAGES, seeds=[0])
+
+
+@pytest.fixture
+def one(study):
+    return study.runs("full")[0]
+
+
+def result_of(run, place):
+    return read_result(result_path(place.results, run.study, run.name))
+
+
+class Limited(Place):
+    """A place whose time is up after so many of training's questions, `steps`."""
+
+    steps = 0
+
+    def left(self):
+        asked = getattr(self, "_asked", 0)
+        object.__setattr__(self, "_asked", asked + 1)
+        return 100.0 if asked < self.steps else -1.0
+
+
+def test_each_stage_goes_on_from_the_one_before(one, place):
+    assert work_on(one, place).status == "done"
+    folder = place.run_dir(one)
+    stages = [folder / "stages" / name for name in "12"]
+    trained = [read_config(path) for path in (*stages, folder)]
+    sizes = [(c.data.seq_len, c.data.batch_size, c.train.steps) for c in trained]
+    assert sizes == [(8, 4, 4), (16, 2, 5), (32, 2, 6)]
+    assert [c.train.init_from for c in trained] == [None, *map(str, stages)]
+    # The last of them by hand.
+    config = replace(trained[-1], out=str(folder.parent / "by-hand"))
+    train(config)
+    weights, again = (dict(load(path)[0].named_parameters()) for path in (folder, config.out))
+    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+
+
+def test_the_result_counts_all_stages_and_names_no_folder(one, place):
+    assert work_on(one, place).status == "done"
+    result = result_of(one, place)
+    assert result.end["steps"] == 4 + 5 + 6
+    assert result.end["tokens"] == 4 * 4 * 8 + 5 * 2 * 16 + 6 * 2 * 32
+    assert [r["step"] for r in result.train] == list(range(1, 16))
+    assert [r["step"] for r in result.valid] == [3, 4, 4 + 3, 4 + 5, 9 + 3, 9 + 6]
+    seconds = [r["seconds"] for r in result.train]
+    assert seconds == sorted(seconds) and result.end["seconds"] == seconds[-1]
+    assert str(place.out) not in result.path.read_text(encoding="utf-8")
+    assert saved_config(result).train.init_from == f"stages {json.dumps(STAGES, sort_keys=True)}"
+
+
+def test_what_is_done_is_found_again_and_other_stages_are_another_run(
+    one, place, make_study, tmp_path
+):
+    assert work_on(one, place).status == "done"
+    shutil.rmtree(place.out)
+    assert work_on(one, place).status == "there"
+    twin = make_study(name="twin", stages=STAGES, seeds=[0]).runs("full")[0]
+    assert work_on(twin, place).text == "as staged/chunks-s0"
+    shelf = Shelf(place.results)
+    for stages in ([], STAGES[:1], [{**STAGES[0], "train.steps": 5}, STAGES[1]]):
+        other = make_study(name="staged", stages=stages, seeds=[0]).runs("full")[0]
+        assert shelf.find(other) is None and "configuration" in shelf.why_not(other)
+        outcome = work_on(other, place)
+        assert outcome.status == "failed" and "train.init_from" in outcome.text
+
+
+@pytest.mark.parametrize("steps", [3, 8, 13])
+def test_a_time_limit_stops_in_any_stage_and_the_next_call_goes_on(one, place, tmp_path, steps):
+    whole = Place(place.data, tmp_path / "whole", tmp_path / "whole-results")
+    assert work_on(one, whole).status == "done"
+    limited = Limited(place.data, place.out, place.results)
+    object.__setattr__(limited, "steps", steps)
+    outcome = work_on(one, limited)
+    assert outcome.status == "stopped"
+    stage = {3: "stage 1 of 3", 8: "stage 2 of 3", 13: "of 6"}[steps]
+    assert outcome.text.endswith(stage), outcome.text
+    assert work_on(one, place).status == "done"
+    left, right = (result_of(one, p) for p in (whole, place))
+    assert [r["loss"] for r in left.train] == [r["loss"] for r in right.train]
+    assert left.scores == right.scores
+
+
+def test_once_the_run_itself_has_begun_its_stages_are_not_trained_again(one, place):
+    limited = Limited(place.data, place.out, place.results)
+    object.__setattr__(limited, "steps", 13)
+    assert work_on(one, limited).status == "stopped"
+    checkpoints = place.run_dir(one) / "stages" / "2" / "checkpoints"
+    shutil.rmtree(checkpoints)
+    assert work_on(one, place).status == "done"
+    assert not checkpoints.exists()
+
+
+def test_a_stage_that_cannot_be_fails_before_anything_is_trained(make_study, place):
+    stages = [STAGES[0], {"mixer.chunk_size": 0}]
+    (run,) = make_study(stages=stages, seeds=[0], variants={"chunks": {}}).runs("full")
+    outcome = work_on(run, place)
+    assert outcome.status == "failed" and "chunk_size=0 must be at least 1" in outcome.text
+    assert not place.run_dir(run).exists()
+
+
+def test_lists_count_the_tokens_of_all_stages(make_study, tmp_path):
+    study = make_study(stages=[{"train.steps": 50_000}, {"train.steps": 25_000}], seeds=[0])
+    text = "\n".join(run_lines(study, study.runs("full"), tmp_path / "results"))
+    assert text.count(f"{75_006 * 2 * 32 / 1e6:.1f}M  missing") == 2, text
+
+
+def test_a_recipe_without_its_base_keeps_its_stages(study, tmp_path):
+    save_json(study, tmp_path / "staged.json")
+    assert load_study(tmp_path / "staged.json") == study
+
+
+def test_at_tiny_scale_all_stages_are_tiny(study):
+    (run, _) = study.runs("tiny")
+    trainings = [*run.stage_configs(), run.config()]
+    assert [(c.train.steps, c.data.seq_len) for c in trainings] == [(4, 64)] * 3
+    assert {c.model.n_layers for c in trainings} == {2}
+
+
+@pytest.mark.parametrize(
+    ("stages", "text"),
+    [
+        ({"train.steps": 3}, r"stages=\{'train\.steps': 3\} must be a list"),
+        (["short"], r"stages=\['short'\] must be a list"),
+        ([{"train.init_from": "runs/x"}], r"stage 1 sets train\.init_from"),
+    ],
+)
+def test_what_stages_cannot_be(make_study, stages, text):
+    with pytest.raises(ConfigError, match=text):
+        make_study(stages=stages)
