@@ -154,7 +154,7 @@ def tables(record: dict[str, Any]) -> list[common.Table]:
         ]
         for kernel, width, mine in _by_kernel(record["rows"])
     ]
-    head = ["kernel", *(f"{length:,} tokens" for length in record["settings"]["lengths"])]
+    head = ["kernel", *(f"{length:,} tokens" for length in sorted(record["settings"]["lengths"]))]
     return [common.Table("fastest tiles (block_m, block_n, window_n, warps, stages)", head, cells)]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -213,7 +214,7 @@ def _found(run: Run, config: RunConfig, place: Place) -> Result | None:
 
 
 class _OutOfTimeError(Exception):
-    """The deadline passed while a text was scored."""
+    """The deadline passed between two stages, or while a text was scored."""
 
 
 class _Worker:
@@ -242,10 +243,13 @@ class _Worker:
             if self.place.left() > self.place.reserve:
                 raise
             return Outcome(self.run, "stopped", f"at {self._step()}")
+        except _OutOfTimeError:
+            self._note_call()
+            return Outcome(self.run, "stopped", f"at {self._step()}")
         except TrainingDiverged as error:
             self._note_call()
             self._write({}, diverged=str(error))
-            return Outcome(self.run, "done", f"diverged at step {error.step}")
+            return Outcome(self.run, "done", f"diverged at step {error.step}{self._stage()}")
         if self.worked:
             self._note_call()
         scores = self._scores()
@@ -271,15 +275,26 @@ class _Worker:
         def should_stop() -> bool:
             return self.place.left() <= self.place.reserve
 
-        if list_checkpoints(self.folder):  # its stages are needed no more
-            self.under_way = len(self.trainings) - 1
+        self._check_stages()
         while True:
             config = self.trainings[self.under_way]
             step = train(config, on_log=on_log, should_stop=should_stop).step
             if config is self.trainings[-1]:
                 return step
+            if self.worked and should_stop():
+                raise _OutOfTimeError
             self.under_way += 1
             self._clear()
+
+    def _check_stages(self) -> None:
+        """Raise ConfigError where one is gone that a later one has begun with."""
+        begun = [bool(list_checkpoints(config.out)) for config in self.trainings]
+        for number, (there, later) in enumerate(itertools.pairwise(begun), 1):
+            if later and not there:
+                raise ConfigError(
+                    f"{self.trainings[number - 1].out} holds no checkpoint, and what began with "
+                    f"its weights is there; delete {self.folder} to train anew"
+                )
 
     def _trainings(self) -> list[RunConfig]:
         found: list[RunConfig] = []
@@ -296,9 +311,13 @@ class _Worker:
     def _step(self) -> str:
         config = self.trainings[self.under_way]
         state = read_state(find_checkpoint(config.out))
-        step = f"step {state['step']} of {config.train.steps}"
-        last = self.under_way == len(self.trainings) - 1
-        return step if last else f"{step}, stage {self.under_way + 1} of {len(self.trainings)}"
+        return f"step {state['step']} of {config.train.steps}{self._stage()}"
+
+    def _stage(self) -> str:
+        """Of how many stages which one is under way, for messages; empty where there are none."""
+        if len(self.trainings) == 1:
+            return ""
+        return f", stage {self.under_way + 1} of {len(self.trainings)}"
 
     def _note_call(self) -> None:
         """What this call used; a run may take several calls, on several machines."""
@@ -342,7 +361,7 @@ class _Worker:
 
     def _estimate(self, tokens: int) -> float:
         """Seconds that a score of so many tokens may take: as if it were training."""
-        records = [r for r in self._metrics() if r["kind"] == "train"]
+        records = [r for r in self._metrics()[-1] if r["kind"] == "train"]
         return tokens / records[-1]["tokens_per_second"]
 
     def _subject(self) -> Subject:
@@ -354,22 +373,28 @@ class _Worker:
         if self.worked and self.place.left() <= 0:
             raise _OutOfTimeError
 
-    def _metrics(self) -> list[Record]:
-        """Of the stages too, as of one training: steps, tokens and seconds are counted on."""
-        found: list[Record] = []
+    def _metrics(self) -> list[list[Record]]:
+        """Of each training up to the one under way, counted on from stage to stage.
+
+        Records of what comes before the run's own have its number as their `stage`.
+        """
+        found: list[list[Record]] = []
         before = {"step": 0, "tokens": 0, "seconds": 0.0}
-        for config in self.trainings[: self.under_way + 1]:
-            records = read_metrics(Path(config.out) / "metrics.jsonl")
-            found += [
-                r | {key: r[key] + n for key, n in before.items() if key in r} for r in records
+        for number, config in enumerate(self.trainings[: self.under_way + 1], 1):
+            stage = {} if config is self.trainings[-1] else {"stage": number}
+            records = [
+                r | {key: r[key] + n for key, n in before.items() if key in r} | stage
+                for r in read_metrics(Path(config.out) / "metrics.jsonl")
             ]
-            last = next((r for r in reversed(found) if r["kind"] == "train"), before)
+            last = next((r for r in reversed(records) if r["kind"] == "train"), before)
             before = {key: last[key] for key in before}
+            found.append(records)
         return found
 
     def _write(self, scores: dict[str, Record], **end: Any) -> None:
         metrics = self._metrics()
-        training = [r for r in metrics if r["kind"] == "train"]
+        training = [[r for r in part if r["kind"] == "train"] for part in metrics]
+        last = next((part[-1] for part in reversed(training) if part), None)
         calls = read_lines(self.folder / "calls.jsonl")
         records: list[Record] = [
             {
@@ -384,14 +409,14 @@ class _Worker:
                 "parameters": n_parameters(self.config.model),
                 "costs": costs(self.config, self._tokens()),
             },
-            *thinned(training),
-            *(r for r in metrics if r["kind"] == "valid"),
+            *(r for part in training for r in thinned(part)),
+            *(r for part in metrics for r in part if r["kind"] == "valid"),
             *({"kind": "score", "name": name, **score} for name, score in scores.items()),
             {
                 "kind": "end",
-                "steps": training[-1]["step"] if training else 0,
-                "tokens": training[-1]["tokens"] if training else 0,
-                "seconds": round(training[-1]["seconds"], 3) if training else 0.0,
+                "steps": last["step"] if last else 0,
+                "tokens": last["tokens"] if last else 0,
+                "seconds": round(last["seconds"], 3) if last else 0.0,
                 "peak_memory_bytes": max((c.get("peak_memory_bytes", 0) for c in calls), default=0)
                 or None,
                 "calls": calls,
@@ -402,10 +427,10 @@ class _Worker:
 
     def _fingerprints(self) -> dict[str, str | None]:
         """Of the data; none for a run that diverged before its first checkpoint."""
-        try:
-            return read_state(find_checkpoint(self.folder))["data"]
-        except CheckpointError:
-            return {}
+        for config in reversed(self.trainings):
+            if list_checkpoints(config.out):
+                return read_state(find_checkpoint(config.out))["data"]
+        return {}
 
     def _tokens(self) -> torch.Tensor | None:
         """Some real text, int64 [1, n], for policies that look at it; None for a made task."""

@@ -253,20 +253,29 @@ def _study(path: Path, tree: dict[str, Any]) -> Study:
         against=_references(tree.get("against"), variants),
         paper=paper,
         tiny=tree.get("tiny") or {},
-        stages=_stages(tree.get("stages") or []),
+        stages=_stages(tree.get("stages") or [], tree.get("set") or {}, variants),
     )
 
 
-def _stages(asked: Any) -> tuple[dict[str, Any], ...]:
+def _stages(
+    asked: Any, common: dict[str, Any], variants: dict[str, dict[str, Any]]
+) -> tuple[dict[str, Any], ...]:
     """What `stages` says. Raises ConfigError for what is no list of changes."""
     if not isinstance(asked, list) or not all(isinstance(stage, dict) for stage in asked):
         raise ConfigError(f"stages={asked!r} must be a list of keys and values, a stage to each")
+    for place, changes in ({"set": common, **variants} if asked else {}).items():
+        _refuse_init(place, changes)
     for number, stage in enumerate(asked, 1):
-        if "train.init_from" in stage:
-            raise ConfigError(
-                f"stage {number} sets train.init_from, which is the stage before it; leave it out"
-            )
+        _refuse_init(f"stage {number}", stage)
     return tuple(asked)
+
+
+def _refuse_init(place: str, changes: dict[str, Any]) -> None:
+    if "train.init_from" in changes:
+        raise ConfigError(
+            f"{place} sets train.init_from, and with `stages` each training begins with the one "
+            f"before; leave it out"
+        )
 
 
 def _references(asked: str | dict[str, str] | None, variants: dict[str, Any]) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 {"kind": "run", study, variant, seed, scale, config, scores (as asked), data (fingerprints),
  code, parameters, ...}                      what was run
-{"kind": "train", step, loss, ...}           thinned training records
+{"kind": "train", step, loss, ...}           thinned training records; `stage` in those of stages
+                                             that came before the run's own training
 {"kind": "valid", step, valid_loss, ...}     every validation
 {"kind": "score", name, text, result}        one per score; the fingerprint of what was scored
 {"kind": "end", tokens, seconds, ...}        what it took
@@ -63,12 +64,13 @@ class Result:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The highest rate among the training records; None where there are none.
+        """The highest rate among the records of the run's own training; None without any.
 
         Of several runs on one device each waits for the others most of the time, but has the
         device for itself while they compile, save or score: so neither mean nor median.
         """
-        return max((record["tokens_per_second"] for record in self.train), default=None)
+        own = (record["tokens_per_second"] for record in self.train if "stage" not in record)
+        return max(own, default=None)
 
 
 def result_path(root: Path, study: str, name: str) -> Path:
@@ -263,6 +265,7 @@ def thinned(records: list[Record], most: int = 100) -> list[Record]:
 def _merged(group: list[Record]) -> Record:
     last, n = group[-1], len(group)
     return {
+        **{key: last[key] for key in ("stage",) if key in last},
         "kind": "train",
         "step": last["step"],
         "tokens": last["tokens"],

@@ -3,8 +3,8 @@
 <run_dir>/checkpoints/step-00000500/
     model.safetensors       parameters under the model's names, a tied one once
     optimizer.safetensors   AdamW's state as "<parameter>.<exp_avg, exp_avg_sq or step>"
-    state.json              step, tokens, seconds, random states, fingerprints of the data, steps
-                            that were left out
+    state.json              step, tokens, seconds, random states, fingerprints of the data and of
+                            the weights that training began with, steps that were left out
     config.json             the RunConfig
     tokenizer/              what Tokenizer.save wrote
     manifest.json           size and SHA-256 of every other file; written last
@@ -73,6 +73,7 @@ def save_checkpoint(
     seconds: float = 0.0,
     data: Mapping[str, str | None] | None = None,
     skips: Mapping[str, Any] | None = None,
+    init_weights: str | None = None,
 ) -> Path:
     """Write <run_dir>/checkpoints/step-<step> and return it.
 
@@ -81,6 +82,7 @@ def save_checkpoint(
     tokens, seconds: spent in training so far.
     data: fingerprints of what it trains on, compared on resume.
     skips: what Guard.state gave of steps that were left out.
+    init_weights: fingerprint of train.init_from's weights; compared on resume where that has moved.
 
     Raises CheckpointError if it cannot be written (the disk is full, ...); nothing of it is left
     then, and older checkpoints are untouched.
@@ -101,6 +103,7 @@ def save_checkpoint(
             seconds=seconds,
             data=data,
             skips=skips,
+            init_weights=init_weights,
         )
 
     return _publish(Path(run_dir), step, write)
@@ -139,6 +142,7 @@ def save_about(
     seconds: float = 0.0,
     data: Mapping[str, str | None] | None = None,
     skips: Mapping[str, Any] | None = None,
+    init_weights: str | None = None,
 ) -> None:
     """Write what a checkpoint holds beside tensors: state, configuration, tokenizer."""
     state = {
@@ -148,6 +152,7 @@ def save_about(
         "rng": rng_state(device),
         "tokenizer": tokenizer.fingerprint,
         "data": dict(data or {}),
+        "init_weights": init_weights,
     }
     if skips is not None:
         state["skips"] = dict(skips)

@@ -34,7 +34,7 @@ from attamba.train.passes import CapturedPasses, Passes
 from attamba.train.phases import Phases
 from attamba.train.run_folder import check_same_data
 from attamba.train.sources import Rows, Sources
-from attamba.train.storage import TOKENIZER, list_checkpoints, remove_old
+from attamba.train.storage import TOKENIZER, list_checkpoints, remove_old, weights_digest
 from attamba.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -100,6 +100,8 @@ class Run:
         self.rows_per_pass = config.data.batch_size // ranks.share[1] // config.train.accumulate
         self.step = self.tokens = 0
         self.seconds = 0.0
+        self.init_weights: str | None = None
+        """Fingerprint of the weights of train.init_from."""
         self.chunk_size: int | None = None
         """P of the last step, where train.chunk_sizes draws it."""
         self.batch: Batch | None = None
@@ -113,6 +115,7 @@ class Run:
         state = restore(checkpoint, self.model, self.optimizer, self.device)
         check_same_data(state["data"], self.sources.fingerprints, Path(self.config.out))
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self.init_weights = state.get("init_weights")
         if "skips" in state:  # older checkpoints have none
             self.guard.restore(state["skips"])
 
@@ -129,6 +132,7 @@ class Run:
             f"({LEAVES_ALONE})"
         )
         load_weights(self.model, checkpoint, why)
+        self.init_weights = weights_digest(checkpoint)
 
     def save(self) -> None:
         """Write a checkpoint, or begin to on several ranks.
@@ -145,6 +149,7 @@ class Run:
             "seconds": self.seconds,
             "data": self.sources.fingerprints,
             "skips": self.guard.state(),
+            "init_weights": self.init_weights,
         }
         if self.saver is None:
             save_checkpoint(self.config.out, model=self.model, optimizer=self.optimizer, **about)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from attamba.config import ConfigError, RunConfig, to_dict
 from attamba.data import is_prepared
 from attamba.data.files import hold, write_json
-from attamba.train.checkpoint import OPTIMIZER, read_config
+from attamba.train.checkpoint import OPTIMIZER, read_config, read_state
 from attamba.train.storage import (
     CheckpointError,
     find_checkpoint,
@@ -25,6 +25,7 @@ from attamba.train.storage import (
     remove_leftovers,
     set_aside,
     verify,
+    weights_digest,
 )
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def open_run_folder(
     checkpoints = ranks.on_main(lambda: _tidy(run_dir, resume))
     newest = _newest_whole(checkpoints, ranks, say)
     if newest is not None:
-        ranks.on_main(lambda: _check_same(read_config(newest), config, run_dir))
+        ranks.on_main(lambda: _check_same(newest, config, run_dir))
     return newest
 
 
@@ -213,12 +214,12 @@ def check_same_data(
         )
 
 
-def _check_same(saved: RunConfig, config: RunConfig, run_dir: Path) -> None:
-    there, here = dotted(to_dict(saved)), dotted(to_dict(config))
+def _check_same(checkpoint: Path, config: RunConfig, run_dir: Path) -> None:
+    there, here = dotted(to_dict(read_config(checkpoint))), dotted(to_dict(config))
     differing = [
         f"  {key}: {there.get(key)!r} there, {here.get(key)!r} here"
         for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key) and not _may_change(key, here.get(key))
+        if there.get(key) != here.get(key) and not _may_change(key, here.get(key), checkpoint)
     ]
     if differing:
         lines = "\n".join(differing)
@@ -228,11 +229,21 @@ def _check_same(saved: RunConfig, config: RunConfig, run_dir: Path) -> None:
         )
 
 
-def _may_change(key: str, value: Any) -> bool:
+def _may_change(key: str, value: Any, checkpoint: Path) -> bool:
     # A prepared folder may move: its content is compared by fingerprint (check_same_data).
     is_path = re.fullmatch(r"data\.(train|valid|sources\.\d+\.path)", key)
     moved = is_path and isinstance(value, str) and is_prepared(value)
+    if key == "train.init_from":
+        moved = value is not None and _began_with(checkpoint, value)
     return is_free(key) or bool(moved)
+
+
+def _began_with(checkpoint: Path, path: str) -> bool:
+    """Are the weights at `path` those that the checkpoint's run began with?"""
+    try:
+        return weights_digest(find_checkpoint(path)) == read_state(checkpoint).get("init_weights")
+    except CheckpointError:
+        return False
 
 
 def dotted(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 
 from attamba.cli import main
 from attamba.config import ConfigError
+from attamba.studies import figures
 from attamba.studies.engine import run_all
 from attamba.studies.recipe import GROUPS, find_recipes, load_study, save_json
 from attamba.studies.report import markdown, write_report
@@ -81,6 +82,24 @@ def done(folder_of_done, make_study, tmp_path):
     paper.mkdir()
     (paper / "numbers.json").write_text(json.dumps(NUMBERS))
     return make_study(**THREE)
+
+
+def test_what_is_level_looks_level(done, place, tmp_path, monkeypatch):
+    """The axis of perplexities is never narrower than a twentieth of them."""
+    told = tell(done, Shelf(place.results), tmp_path / "recipes", "full")
+    shown = []
+    monkeypatch.setattr(figures.plots, "save", lambda figure, path: shown.append(figure.axes[0]))
+    for worse in (1.001, 1.5):
+        for row in told.rows:
+            factor = worse if row.variant == "transformer" else 1.0
+            for result in row.results:
+                result.scores["books"]["perplexity"] = 30.0 * factor
+        figures.quality(told, tmp_path / "plot.svg", score="books")
+    low, high = shown[0].get_ylim()
+    assert high - low == pytest.approx(0.05 * 30.0, rel=0.01)
+    assert (high + low) / 2 == pytest.approx(30.015)
+    low, high = shown[1].get_ylim()
+    assert low < 30.0 < 45.0 < high < 46.0
 
 
 def test_a_report_holds_the_results_numbers(done, place, tmp_path):

@@ -3,16 +3,18 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from attamba.config import ConfigError
+from attamba.studies import engine
 from attamba.studies.engine import Place, work_on
 from attamba.studies.recipe import load_study, save_json
 from attamba.studies.results import Shelf, read_result, result_path, saved_config
 from attamba.studies.show import run_lines
-from attamba.train import load, train
+from attamba.train import TrainingDiverged, load, train
 from attamba.train.checkpoint import read_config
 
 STAGES = [
@@ -67,6 +69,8 @@ def test_the_result_counts_all_stages_and_names_no_folder(one, place):
     assert result.end["steps"] == 4 + 5 + 6
     assert result.end["tokens"] == 4 * 4 * 8 + 5 * 2 * 16 + 6 * 2 * 32
     assert [r["step"] for r in result.train] == list(range(1, 16))
+    assert [r.get("stage") for r in result.train] == 4 * [1] + 5 * [2] + 6 * [None]
+    assert result.tokens_per_second == max(r["tokens_per_second"] for r in result.train[9:])
     assert [r["step"] for r in result.valid] == [3, 4, 4 + 3, 4 + 5, 9 + 3, 9 + 6]
     seconds = [r["seconds"] for r in result.train]
     assert seconds == sorted(seconds) and result.end["seconds"] == seconds[-1]
@@ -78,7 +82,6 @@ def test_what_is_done_is_found_again_and_other_stages_are_another_run(
     one, place, make_study, tmp_path
 ):
     assert work_on(one, place).status == "done"
-    shutil.rmtree(place.out)
     assert work_on(one, place).status == "there"
     twin = make_study(name="twin", stages=STAGES, seeds=[0]).runs("full")[0]
     assert work_on(twin, place).text == "as staged/chunks-s0"
@@ -90,33 +93,80 @@ def test_what_is_done_is_found_again_and_other_stages_are_another_run(
         assert outcome.status == "failed" and "train.init_from" in outcome.text
 
 
-@pytest.mark.parametrize("steps", [3, 8, 13])
-def test_a_time_limit_stops_in_any_stage_and_the_next_call_goes_on(one, place, tmp_path, steps):
+@pytest.mark.parametrize(
+    ("steps", "stage"),
+    [
+        (3, ", stage 1 of 3"),
+        (4, "step 4 of 4, stage 1 of 3"),
+        (8, ", stage 2 of 3"),
+        (14, " 3 of 3"),
+    ],
+)
+def test_a_time_limit_stops_in_any_stage_and_the_next_call_goes_on(
+    one, place, tmp_path, steps, stage
+):
+    """Or between two, of which the second is not begun. The runs may have moved since."""
     whole = Place(place.data, tmp_path / "whole", tmp_path / "whole-results")
     assert work_on(one, whole).status == "done"
-    limited = Limited(place.data, place.out, place.results)
-    object.__setattr__(limited, "steps", steps)
-    outcome = work_on(one, limited)
-    assert outcome.status == "stopped"
-    stage = {3: "stage 1 of 3", 8: "stage 2 of 3", 13: "of 6"}[steps]
+    outcome = stopped(one, place, steps)
     assert outcome.text.endswith(stage), outcome.text
-    assert work_on(one, place).status == "done"
-    left, right = (result_of(one, p) for p in (whole, place))
+    begun = list(place.run_dir(one).glob("stages/*"))
+    assert len(begun) == (1 if steps < 5 else 2)
+    moved = replace(place, out=tmp_path / "moved")
+    place.out.rename(moved.out)
+    assert work_on(one, moved).status == "done"
+    left, right = (result_of(one, p) for p in (whole, moved))
     assert [r["loss"] for r in left.train] == [r["loss"] for r in right.train]
     assert left.scores == right.scores
 
 
-def test_once_the_run_itself_has_begun_its_stages_are_not_trained_again(one, place):
+def stopped(run, place, steps):
     limited = Limited(place.data, place.out, place.results)
-    object.__setattr__(limited, "steps", 13)
-    assert work_on(one, limited).status == "stopped"
-    checkpoints = place.run_dir(one) / "stages" / "2" / "checkpoints"
-    shutil.rmtree(checkpoints)
+    object.__setattr__(limited, "steps", steps)
+    outcome = work_on(run, limited)
+    assert outcome.status == "stopped"
+    return outcome
+
+
+def test_a_run_that_was_begun_is_not_taken_for_one_of_other_stages(one, place, make_study):
+    stopped(one, place, 14)
+    changed = {**STAGES[1], "train.steps": 7}
+    for stages in ([], STAGES[:1], [STAGES[0], changed], [changed, STAGES[1]], [*STAGES, changed]):
+        (other, *_) = make_study(name="staged", stages=stages, seeds=[0]).runs("full")
+        outcome = work_on(other, place)
+        assert outcome.status == "failed", outcome
+        assert "another configuration" in outcome.text or "holds no checkpoint" in outcome.text
     assert work_on(one, place).status == "done"
-    assert not checkpoints.exists()
 
 
-def test_a_stage_that_cannot_be_fails_before_anything_is_trained(make_study, place):
+@pytest.mark.parametrize("gone", ["1", "2"])
+def test_what_a_later_stage_began_with_is_not_trained_again(one, place, gone):
+    stopped(one, place, 14)
+    folder = place.run_dir(one)
+    shutil.rmtree(folder / "stages" / gone)
+    outcome = work_on(one, place)
+    assert outcome.status == "failed"
+    assert outcome.text.startswith(f"{folder}/stages/{gone} holds no checkpoint")
+    assert f"delete {folder} to train anew" in outcome.text
+
+
+def test_one_that_diverges_in_a_stage_says_in_which(one, place, monkeypatch):
+    stopped(one, place, 4)
+
+    def diverge(config, **_):
+        if not config.out.endswith("2"):
+            return train(config)
+        Path(config.out).mkdir()
+        Path(config.out, "metrics.jsonl").touch()
+        raise TrainingDiverged("no", step=2, config=config)
+
+    monkeypatch.setattr(engine, "train", diverge)
+    assert work_on(one, place).text == "diverged at step 2, stage 2 of 3"
+    result = result_of(one, place)
+    assert result.end["steps"] == 4 and result.run["data"]["train"]
+
+
+def test_a_stage_whose_configuration_cannot_be_fails_before_anything_is_trained(make_study, place):
     stages = [STAGES[0], {"mixer.chunk_size": 0}]
     (run,) = make_study(stages=stages, seeds=[0], variants={"chunks": {}}).runs("full")
     outcome = work_on(run, place)
@@ -153,3 +203,12 @@ def test_at_tiny_scale_all_stages_are_tiny(study):
 def test_what_stages_cannot_be(make_study, stages, text):
     with pytest.raises(ConfigError, match=text):
         make_study(stages=stages)
+
+
+@pytest.mark.parametrize("place", ["set", "full"])
+def test_with_stages_nothing_else_says_what_a_run_begins_with(make_study, place):
+    init = {"train.init_from": "runs/x"}
+    where = {"set": init} if place == "set" else {"variants": {"full": init}}
+    make_study(**where)
+    with pytest.raises(ConfigError, match=rf"{place} sets train\.init_from, and with `stages`"):
+        make_study(stages=STAGES, **where)

@@ -71,9 +71,20 @@ def test_it_stops_and_goes_on_without_the_other_run(make_config, first, crash_at
     shutil.rmtree(given)
     resumed = train(config)
     assert_same_weights(weights_of(resumed.run_dir), weights_of(straight.run_dir))
-    config = make_config(JITTER | {"train.init_from": first.out}, out="stopped")
-    with pytest.raises(ConfigError, match=r"train\.init_from: '.*given' there, '.*' here"):
-        train(config)
+
+
+def test_on_resume_it_may_have_moved_but_not_changed(make_config, first, crash_at, tmp_path):
+    given = shutil.copytree(first.out, tmp_path / "given")
+    config = make_config(JITTER | {"train.init_from": str(given)}, out="stopped")
+    with pytest.raises(crash_at.error):
+        train(config, on_log=crash_at(6))
+    early, last = list_checkpoints(first.out)
+    with pytest.raises(ConfigError, match=r"train\.init_from: '.*given' there, '.*08' here"):
+        train(make_config(JITTER | {"train.init_from": str(early)}, out="stopped"))
+    with pytest.raises(ConfigError, match=r"train\.init_from: '.*given' there, None here"):
+        train(make_config(JITTER, out="stopped"))
+    moved = make_config(JITTER | {"train.init_from": str(last)}, out="stopped")
+    assert train(moved).step == 12
 
 
 @pytest.mark.parametrize("n, mesh", [(2, {"shard": 2}), (4, {"tensor": 2, "context": 2})])
