@@ -46,7 +46,7 @@ from attamba.studies.results import (
 )
 from attamba.studies.scores import Subject, make_score, text_of
 from attamba.train import CheckpointError, TrainingDiverged, TrainingInterrupted, load, train
-from attamba.train.checkpoint import read_state
+from attamba.train.checkpoint import check_shapes, read_state
 from attamba.train.metrics import read_metrics
 from attamba.train.runtime import resolve_device
 from attamba.train.sources import open_sources
@@ -287,7 +287,9 @@ class _Worker:
             self._clear()
 
     def _check_stages(self) -> None:
-        """Raise ConfigError where one is gone that a later one has begun with."""
+        """Raise ConfigError where one is of another model, or gone though a later one has begun."""
+        for number, config in enumerate(self.trainings[:-1], 1):
+            check_shapes(f"stage {number}", config.model, self.config.model)
         begun = [bool(list_checkpoints(config.out)) for config in self.trainings]
         for number, (there, later) in enumerate(itertools.pairwise(begun), 1):
             if later and not there:

@@ -329,6 +329,25 @@ def load_weights(model: nn.Module, folder: Path, why: str | None = None) -> torc
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
+def check_shapes(given: str, there: ModelConfig, here: ModelConfig) -> None:
+    """Raise ConfigError unless the parameters of two models have the same names and shapes.
+
+    given: what has those of the first, for the message.
+    """
+    with torch.device("meta"):
+        saved, wanted = (
+            {name: list(tensor.shape) for name, tensor in named_tensors(build_model(c)).items()}
+            for c in (there, here)
+        )
+    for name in wanted | saved:
+        if saved.get(name) != wanted.get(name):
+            raise ConfigError(
+                f"{given} has no weights for this model: {name} is "
+                f"{saved.get(name, 'missing')} there and {wanted.get(name, 'missing')} here; "
+                f"change only what leaves the parameters alone ({LEAVES_ALONE})"
+            )
+
+
 def read_tensors(folder: Path, file: str) -> dict[str, Tensor]:
     """All tensors of MODEL or OPTIMIZER, whole and on the CPU, from shards too."""
     if not (folder / SHARDS).is_dir():

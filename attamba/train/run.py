@@ -18,7 +18,6 @@ from attamba.data import UNSCORED, Batch, DataError
 from attamba.models import Decoder, build_model
 from attamba.train import losses
 from attamba.train.checkpoint import (
-    LEAVES_ALONE,
     load_weights,
     read_state,
     restore,
@@ -121,17 +120,13 @@ class Run:
 
     def begin_with(self, checkpoint: Path) -> None:
         """Take a verified checkpoint's weights and nothing else of it, on all ranks at once."""
-        given = f"train.init_from={self.config.train.init_from}"
         if read_state(checkpoint)["tokenizer"] != self.sources.fingerprints["tokenizer"]:
             raise ConfigError(
-                f"{given}: its tokenizer is not the data's, so that its weights mean other tokens; "
-                f"set data.tokenizer={checkpoint / TOKENIZER}, and prepare folders with that one"
+                f"train.init_from={self.config.train.init_from}: its tokenizer is not the data's, "
+                f"so that its weights mean other tokens; set "
+                f"data.tokenizer={checkpoint / TOKENIZER}, and prepare folders with that one"
             )
-        why = (
-            f"{given} has no weights for this model; change only what leaves its parameters alone "
-            f"({LEAVES_ALONE})"
-        )
-        load_weights(self.model, checkpoint, why)
+        load_weights(self.model, checkpoint)
         self.init_weights = weights_digest(checkpoint)
 
     def save(self) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from attamba.config import ConfigError, RunConfig, to_dict
 from attamba.data import is_prepared
 from attamba.data.files import hold, write_json
-from attamba.train.checkpoint import OPTIMIZER, read_config, read_state
+from attamba.train.checkpoint import OPTIMIZER, check_shapes, read_config, read_state
 from attamba.train.storage import (
     CheckpointError,
     find_checkpoint,
@@ -176,7 +176,8 @@ def _newest_whole(checkpoints: list[Path], ranks: Ranks, say: Callable[[str], No
 def find_given(config: RunConfig, ranks: Ranks) -> Path | None:
     """The checkpoint that train.init_from means, verified by all ranks together; None without one.
 
-    Raises CheckpointError where there is none, or it is damaged.
+    Raises CheckpointError where there is none, or it is damaged, ConfigError where it is of a model
+    of other shapes.
     """
     path = config.train.init_from
     if path is None:
@@ -189,6 +190,8 @@ def find_given(config: RunConfig, ranks: Ranks) -> Path | None:
         told = CheckpointError(f"train.init_from={path}: {error}")
         told.is_echo = getattr(error, "is_echo", False)  # type: ignore[attr-defined]
         raise told from error
+    given = f"train.init_from={path}"
+    ranks.on_each(lambda: check_shapes(given, read_config(found).model, config.model))
     return found
 
 

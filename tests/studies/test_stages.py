@@ -166,11 +166,21 @@ def test_one_that_diverges_in_a_stage_says_in_which(one, place, monkeypatch):
     assert result.end["steps"] == 4 and result.run["data"]["train"]
 
 
-def test_a_stage_whose_configuration_cannot_be_fails_before_anything_is_trained(make_study, place):
-    stages = [STAGES[0], {"mixer.chunk_size": 0}]
-    (run,) = make_study(stages=stages, seeds=[0], variants={"chunks": {}}).runs("full")
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"mixer.chunk_size": 0}, "chunk_size=0 must be at least 1"),
+        (
+            {"model.dim": 64},
+            "stage 2 has no weights for this model: embed.weight is",
+        ),
+    ],
+)
+def test_a_stage_that_cannot_be_fails_before_anything_is_trained(make_study, place, change, text):
+    study = make_study(stages=[STAGES[0], change], seeds=[0], variants={"chunks": {}})
+    (run,) = study.runs("full")
     outcome = work_on(run, place)
-    assert outcome.status == "failed" and "chunk_size=0 must be at least 1" in outcome.text
+    assert outcome.status == "failed" and text in outcome.text
     assert not place.run_dir(run).exists()
 
 

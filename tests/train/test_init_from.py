@@ -103,12 +103,22 @@ def test_from_the_shards_of_several(make_config, first):
     assert_same_weights(weights, weights_of(config.out))
 
 
-def test_a_model_of_other_shapes_is_refused(make_config, first):
-    config = make_config({"model.dim": 64, "train.init_from": first.out})
-    text = r"tensor embed\.weight is \[256, 32\].*\[256, 64\] in the model: train\.init_from=.* has"
-    with pytest.raises(CheckpointError, match=text + r" no weights for this model; change only"):
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"model.dim": 64}, r"embed\.weight is \[256, 32\] there and \[256, 64\] here"),
+        ({"model.n_layers": 2}, r"layers\.1\.\S+ is missing there and \[32\] here"),
+        ({"model.tie_embeddings": True}, r"head\.weight is \[256, 32\] there and missing here"),
+    ],
+)
+def test_a_model_of_other_shapes_is_refused_before_texts_are_prepared(
+    make_config, first, texts, change, text
+):
+    init = {"data.train": str(texts), "train.init_from": first.out}
+    config = make_config(change | init)
+    with pytest.raises(ConfigError, match=rf"init_from=.* has no weights .*: {text}; change only"):
         train(config)
-    assert not list_checkpoints(config.out) and not Path(config.out, "config.json").exists()
+    assert not Path(config.out, "data").exists()
 
 
 def test_another_tokenizer_is_refused(make_config, texts, tmp_path):
