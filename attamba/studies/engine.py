@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import itertools
 import json
 import multiprocessing
 import os
@@ -17,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,9 +44,9 @@ from attamba.studies.results import (
     write_result,
 )
 from attamba.studies.scores import Subject, make_score, text_of
+from attamba.studies.stages import check_stages, read_all, trainings
 from attamba.train import CheckpointError, TrainingDiverged, TrainingInterrupted, load, train
-from attamba.train.checkpoint import check_shapes, read_state
-from attamba.train.metrics import read_metrics
+from attamba.train.checkpoint import read_state
 from attamba.train.runtime import resolve_device
 from attamba.train.sources import open_sources
 from attamba.train.storage import find_checkpoint, list_checkpoints
@@ -224,7 +223,7 @@ class _Worker:
         self.run, self.config, self.place = run, config, place
         self.device = resolve_device(config.train.device, "train.device")
         self.folder = Path(config.out)
-        self.trainings = self._trainings()
+        self.trainings = trainings(run, config, lambda tree: resolved(tree, run, place))
         """The configurations to be trained one after the other, the run's own last."""
         self.under_way = 0
         """Which of them is trained, or was last."""
@@ -275,7 +274,7 @@ class _Worker:
         def should_stop() -> bool:
             return self.place.left() <= self.place.reserve
 
-        self._check_stages()
+        check_stages(self.trainings)
         while True:
             config = self.trainings[self.under_way]
             step = train(config, on_log=on_log, should_stop=should_stop).step
@@ -285,30 +284,6 @@ class _Worker:
                 raise _OutOfTimeError
             self.under_way += 1
             self._clear()
-
-    def _check_stages(self) -> None:
-        """Raise ConfigError where one is of another model, or gone though a later one has begun."""
-        for number, config in enumerate(self.trainings[:-1], 1):
-            check_shapes(f"stage {number}", config.model, self.config.model)
-        begun = [bool(list_checkpoints(config.out)) for config in self.trainings]
-        for number, (there, later) in enumerate(itertools.pairwise(begun), 1):
-            if later and not there:
-                raise ConfigError(
-                    f"{self.trainings[number - 1].out} holds no checkpoint, and what began with "
-                    f"its weights is there; delete {self.folder} to train anew"
-                )
-
-    def _trainings(self) -> list[RunConfig]:
-        found: list[RunConfig] = []
-        configs = self.run.stage_configs(lambda tree: resolved(tree, self.run, self.place))
-        for number, config in enumerate([*configs, self.config], 1):
-            if found:  # by where it is, which the run's configuration tells by what it was
-                init = replace(config.train, init_from=found[-1].out)
-                config = replace(config, train=init)
-            if number <= len(configs):
-                config = replace(config, out=str(self.folder / "stages" / str(number)))
-            found.append(config)
-        return found
 
     def _step(self) -> str:
         config = self.trainings[self.under_way]
@@ -376,22 +351,8 @@ class _Worker:
             raise _OutOfTimeError
 
     def _metrics(self) -> list[list[Record]]:
-        """Of each training up to the one under way, counted on from stage to stage.
-
-        Records of what comes before the run's own have its number as their `stage`.
-        """
-        found: list[list[Record]] = []
-        before = {"step": 0, "tokens": 0, "seconds": 0.0}
-        for number, config in enumerate(self.trainings[: self.under_way + 1], 1):
-            stage = {} if config is self.trainings[-1] else {"stage": number}
-            records = [
-                r | {key: r[key] + n for key, n in before.items() if key in r} | stage
-                for r in read_metrics(Path(config.out) / "metrics.jsonl")
-            ]
-            last = next((r for r in reversed(records) if r["kind"] == "train"), before)
-            before = {key: last[key] for key in before}
-            found.append(records)
-        return found
+        """Of each training up to the one under way."""
+        return read_all(self.trainings, self.under_way + 1)
 
     def _write(self, scores: dict[str, Record], **end: Any) -> None:
         metrics = self._metrics()

@@ -265,7 +265,7 @@ def thinned(records: list[Record], most: int = 100) -> list[Record]:
 def _merged(group: list[Record]) -> Record:
     last, n = group[-1], len(group)
     return {
-        **{key: last[key] for key in ("stage",) if key in last},
+        **({"stage": last["stage"]} if "stage" in last else {}),
         "kind": "train",
         "step": last["step"],
         "tokens": last["tokens"],

@@ -67,3 +67,26 @@ def place_in(texts):
 @pytest.fixture
 def place(place_in, tmp_path):
     return place_in(tmp_path)
+
+
+class Limited(Place):
+    """A place whose time is up after so many questions: one before training, one at each step."""
+
+    steps = 0
+
+    def left(self):
+        asked = getattr(self, "_asked", 0)
+        object.__setattr__(self, "_asked", asked + 1)
+        return 100.0 if asked < self.steps else -1.0
+
+
+@pytest.fixture
+def limited(place):
+    """limited(steps): the place, with so little time."""
+
+    def make(steps):
+        there = Limited(place.data, place.out, place.results)
+        object.__setattr__(there, "steps", steps)
+        return there
+
+    return make

@@ -81,22 +81,12 @@ def test_what_is_done_is_not_done_again(one, place):
     assert sorted(os.listdir(path.parent)) == [path.name]
 
 
-class Limited(Place):
-    """A place whose time is up after some steps."""
-
-    steps = 3
-
-    def left(self):
-        asked = getattr(self, "_asked", 0)
-        object.__setattr__(self, "_asked", asked + 1)
-        return 100.0 if asked < self.steps else -1.0
-
-
-def test_a_time_limit_stops_with_a_checkpoint_and_the_next_call_goes_on(one, place, tmp_path):
+def test_a_time_limit_stops_with_a_checkpoint_and_the_next_call_goes_on(
+    one, place, limited, tmp_path
+):
     whole = Place(place.data, tmp_path / "whole", tmp_path / "whole-results")
     assert work_on(one, whole).status == "done"
-    limited = Limited(place.data, place.out, place.results)
-    outcome = work_on(one, limited)
+    outcome = work_on(one, limited(3))
     assert outcome.status == "stopped"
     assert not result_path(place.results, one.study, one.name).exists()
     stopped = read_metrics(place.run_dir(one) / "metrics.jsonl")[-1]["step"]

@@ -37,17 +37,6 @@ def result_of(run, place):
     return read_result(result_path(place.results, run.study, run.name))
 
 
-class Limited(Place):
-    """A place whose time is up after so many of training's questions, `steps`."""
-
-    steps = 0
-
-    def left(self):
-        asked = getattr(self, "_asked", 0)
-        object.__setattr__(self, "_asked", asked + 1)
-        return 100.0 if asked < self.steps else -1.0
-
-
 def test_each_stage_goes_on_from_the_one_before(one, place):
     assert work_on(one, place).status == "done"
     folder = place.run_dir(one)
@@ -103,12 +92,12 @@ def test_what_is_done_is_found_again_and_other_stages_are_another_run(
     ],
 )
 def test_a_time_limit_stops_in_any_stage_and_the_next_call_goes_on(
-    one, place, tmp_path, steps, stage
+    one, place, limited, tmp_path, steps, stage
 ):
     """Or between two, of which the second is not begun. The runs may have moved since."""
     whole = Place(place.data, tmp_path / "whole", tmp_path / "whole-results")
     assert work_on(one, whole).status == "done"
-    outcome = stopped(one, place, steps)
+    outcome = stopped(one, limited(steps))
     assert outcome.text.endswith(stage), outcome.text
     begun = list(place.run_dir(one).glob("stages/*"))
     assert len(begun) == (1 if steps < 5 else 2)
@@ -120,16 +109,14 @@ def test_a_time_limit_stops_in_any_stage_and_the_next_call_goes_on(
     assert left.scores == right.scores
 
 
-def stopped(run, place, steps):
-    limited = Limited(place.data, place.out, place.results)
-    object.__setattr__(limited, "steps", steps)
-    outcome = work_on(run, limited)
+def stopped(run, place):
+    outcome = work_on(run, place)
     assert outcome.status == "stopped"
     return outcome
 
 
-def test_a_run_that_was_begun_is_not_taken_for_one_of_other_stages(one, place, make_study):
-    stopped(one, place, 14)
+def test_a_run_that_was_begun_is_not_taken_for_one_of_other_stages(one, place, limited, make_study):
+    stopped(one, limited(14))
     changed = {**STAGES[1], "train.steps": 7}
     for stages in ([], STAGES[:1], [STAGES[0], changed], [changed, STAGES[1]], [*STAGES, changed]):
         (other, *_) = make_study(name="staged", stages=stages, seeds=[0]).runs("full")
@@ -140,8 +127,8 @@ def test_a_run_that_was_begun_is_not_taken_for_one_of_other_stages(one, place, m
 
 
 @pytest.mark.parametrize("gone", ["1", "2"])
-def test_what_a_later_stage_began_with_is_not_trained_again(one, place, gone):
-    stopped(one, place, 14)
+def test_what_a_later_stage_began_with_is_not_trained_again(one, place, limited, gone):
+    stopped(one, limited(14))
     folder = place.run_dir(one)
     shutil.rmtree(folder / "stages" / gone)
     outcome = work_on(one, place)
@@ -150,8 +137,8 @@ def test_what_a_later_stage_began_with_is_not_trained_again(one, place, gone):
     assert f"delete {folder} to train anew" in outcome.text
 
 
-def test_one_that_diverges_in_a_stage_says_in_which(one, place, monkeypatch):
-    stopped(one, place, 4)
+def test_one_that_diverges_in_a_stage_says_in_which(one, place, limited, monkeypatch):
+    stopped(one, limited(4))
 
     def diverge(config, **_):
         if not config.out.endswith("2"):
