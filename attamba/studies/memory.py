@@ -162,21 +162,21 @@ def passkey(model: Decoder, config: RunConfig, score: PasskeyScore) -> dict[str,
         raise ConfigError("a passkey score needs a run on data.generate={type: passkey}")
     settings = []
     for length in score.lengths:
-        rows = GeneratedRows(task, length, 1, config.train.seed)
-        found, digits, depth = [], [], []
+        rows = GeneratedRows(task, length, score.batch_size, config.train.seed)
+        hits, depth = [], []
         for batch in _held_out(rows, score.rows):
             right, scored = _right(model, batch)
-            digits.append(right[scored].mean())
-            found.append(right[scored].all())
-            depth.append(_depth(batch))
+            hits.append(right[scored].reshape(-1, task.digits))
+            depth += [_depth(row) for row in batch.inputs]
+        hit = np.concatenate(hits)
+        whole = hit.all(1)
         part = np.minimum((np.array(depth) * DEPTHS).astype(int), DEPTHS - 1)
-        whole = np.array(found)
         settings.append(
             {
                 "length": length,
-                "n": len(found),
+                "n": len(hit),
                 "accuracy": float(whole.mean()),
-                "digits": float(np.mean(digits)),
+                "digits": float(hit.mean()),
                 "by_depth": [
                     {"depth": int(p), "n": int((part == p).sum()), "accuracy": float(w)}
                     for p in np.unique(part)
@@ -187,9 +187,9 @@ def passkey(model: Decoder, config: RunConfig, score: PasskeyScore) -> dict[str,
     return {"chance": 0.1**task.digits, "settings": settings}
 
 
-def _depth(batch: Batch) -> float:
-    """Where the key stands, from 0 (the row's first byte) to 1 (its last)."""
-    text = bytes(batch.inputs[0].astype(np.uint8))
+def _depth(row: np.ndarray) -> float:
+    """Where the key of one row's ids stands, from 0 (the first byte) to 1 (the last)."""
+    text = bytes(row.astype(np.uint8))
     return text.index(b" The pass key is ") / len(text)
 
 

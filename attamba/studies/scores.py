@@ -206,6 +206,8 @@ class PasskeyScore:
     """T of the rows, in bytes."""
     rows: int = 32
     """Rows of each length; no training row is among them."""
+    batch_size: int = 1
+    """Rows at a time."""
 
     def at_tiny_scale(self) -> PasskeyScore:
         return replace(self, rows=TINY_ROWS, lengths=[128, 1100])

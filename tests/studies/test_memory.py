@@ -1,5 +1,7 @@
 """Scores of memory, against models whose answers are known."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -142,11 +144,11 @@ def test_a_pass_key_is_found_where_it_is_known():
     class Reader(Oracle):
         def forward(self, ids, return_hidden=False):
             hidden = torch.zeros(*ids.shape, 256)
-            text = bytes(ids[0].tolist())
-            place = text.index(b"pass key is ") + 12
-            if place < self.reach:
-                for i in range(3):
-                    hidden[0, ids.shape[1] - 3 + i, text[place + i]] = 1
+            for row, tokens in enumerate(ids.tolist()):
+                place = bytes(tokens).index(b"pass key is ") + 12
+                if place < self.reach:
+                    for i in range(3):
+                        hidden[row, ids.shape[1] - 3 + i, tokens[place + i]] = 1
             return hidden
 
     score = PasskeyScore(lengths=[150, 400], rows=40)
@@ -157,6 +159,8 @@ def test_a_pass_key_is_found_where_it_is_known():
     depths = {part["depth"]: part["accuracy"] for part in early["by_depth"]}
     assert depths[0] == 1.0 and depths[4] == 0.0
     assert sum(part["n"] for part in early["by_depth"]) == 40
+    several = dataclasses.replace(score, batch_size=7)  # whole batches, and one of five rows
+    assert memory.passkey(Reader(200), config, several)["settings"][1] == early
 
 
 def test_long_rows_through_the_cache_are_as_at_once(monkeypatch):
