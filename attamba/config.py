@@ -402,19 +402,26 @@ def override_model(config: ModelConfig, overrides: dict[str, Any]) -> ModelConfi
     if others:
         unknown_key(others[0], ["model", "mixer"])
     changed = from_dict(ModelConfig, tree["model"], "model")
-    for old, new in zip(config.layer_mixers(), changed.layer_mixers()):
-        for name in WOVEN:
-            was, now = getattr(old, name, None), getattr(new, name, None)
-            if None not in (was, now) and was != now:
-                raise ConfigError(
-                    f"mixer.{name}={now} cannot be set on trained weights, which were made for "
-                    f"{was}; train a model with it instead"
-                )
+    for name, was, now in woven_differences(config, changed):
+        raise ConfigError(
+            f"mixer.{name}={now} cannot be set on trained weights, which were made for {was}; "
+            f"train a model with it instead"
+        )
     return changed
 
 
 WOVEN = ("n_heads", "ssm_heads", "n_blocks", "ssm_init")
 """Fields of mixers by which weights of the same shapes mean something else, or began as such."""
+
+
+def woven_differences(there: ModelConfig, here: ModelConfig) -> list[tuple[str, Any, Any]]:
+    """Names of WOVEN fields that a layer of two models has otherwise, with both values."""
+    pairs = [
+        (name, getattr(old, name, None), getattr(new, name, None))
+        for old, new in zip(there.layer_mixers(), here.layer_mixers())
+        for name in WOVEN
+    ]
+    return [(name, was, now) for name, was, now in pairs if None not in (was, now) and was != now]
 
 
 def _check_chunk_sizes(sizes: list[int], mixers: list[Mixer]) -> None:

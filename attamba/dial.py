@@ -88,6 +88,7 @@ def sweep(
     batch_size: int = 8,
     max_documents: int | None = None,
     max_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
     on_row: Callable[[SweepRow], None] | None = None,
 ) -> list[SweepRow]:
     """Score one model's weights at several values of one config field.
@@ -100,6 +101,7 @@ def sweep(
         values: of the field.
         context: as for evaluate; also the length at which a cache is filled with the documents'
             tokens (over again if they are too few) and measured. None: the longest document's.
+        progress: as for evaluate, with the number of tokens scored so far over all values.
         on_row: called with each row when it is there.
 
     Raises:
@@ -110,12 +112,25 @@ def sweep(
         raise ValueError("documents hold no text: there is nothing to score")
     arrays = [with_separator(document, tokenizer.eos_id) for document in chosen]
     tokens = max(arrays, key=len) if context is None else np.resize(np.concatenate(arrays), context)
-    rows = []
+    rows: list[SweepRow] = []
+    before = 0
+
+    def tell(n_tokens: int) -> None:
+        if progress is not None:
+            progress(before + n_tokens)
+
     for value in values:
         dialled = redial(model, {field: value})
         result = evaluate(
-            dialled, tokenizer, chosen, context=context, stride=stride, batch_size=batch_size
+            dialled,
+            tokenizer,
+            chosen,
+            context=context,
+            stride=stride,
+            batch_size=batch_size,
+            progress=tell,
         )
+        before += result.n_tokens
         row = SweepRow(
             value=value,
             nats_per_token=result.nats_per_token,

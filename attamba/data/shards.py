@@ -165,10 +165,25 @@ class TokenDataset:
         return self._files.local(name, self.manifest["files"][name])
 
     def _shard(self, number: int) -> np.ndarray:
-        """The tokens of a shard, mapped when they are first asked for."""
+        """The tokens of a shard, mapped when they are first asked for.
+
+        Raises DataError where there are not as many as the manifest says, as in a file that was cut
+        after it was opened.
+        """
         if number not in self._maps:
-            path = self._local(self.manifest["shards"][number]["tokens"])
-            self._maps[number] = np.memmap(path, dtype=self._dtype, mode="r")
+            name, length = self.manifest["shards"][number]["tokens"], self._lengths[number]
+            path, width = self._local(name), self._dtype.itemsize
+            try:
+                shard = np.memmap(path, dtype=self._dtype, mode="r", shape=(length,))
+            except ValueError:  # it is shorter
+                shard = None
+            size = path.stat().st_size
+            if shard is None or size != length * width:
+                raise DataError(
+                    f"{self.folder}/{name} has {size} bytes, {MANIFEST} says {length * width} "
+                    f"bytes ({length} tokens of {width}); restore it or {ANEW}"
+                )
+            self._maps[number] = shard
         return self._maps[number]
 
     @cached_property
@@ -184,7 +199,8 @@ class TokenDataset:
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream of all shards, int64 [stop - start].
 
-        Raises DataError for an id that the vocabulary lacks.
+        Raises DataError for an id that the vocabulary lacks, and for a shard of another length than
+        the manifest says.
         """
         if not 0 <= start <= stop <= self.n_tokens:
             raise IndexError(f"tokens [{start}, {stop}) of {self.n_tokens}")
@@ -194,7 +210,7 @@ class TokenDataset:
             i = int(np.searchsorted(self._ends, at, side="right"))
             shard, end = self._shard(i), int(self._ends[i])
             until = min(stop, end)
-            base = end - len(shard)
+            base = end - self._lengths[i]
             out[at - start : until - start] = shard[at - base : until - base]
             at = until
         return self._checked(out)
@@ -243,7 +259,17 @@ class TokenDataset:
         return tokens
 
     def _documents(self, shard: int) -> np.ndarray:
-        return np.load(self._local(self.manifest["shards"][shard]["documents"]))
+        """The DOCUMENT records of a shard. Raises DataError where they cannot be read."""
+        name = self.manifest["shards"][shard]["documents"]
+        path = self._local(name)
+        try:
+            return np.load(path)
+        except (ValueError, EOFError) as error:
+            raise DataError(
+                f"{self.folder}/{name} cannot be read ({error}): it has {path.stat().st_size} "
+                f"bytes, {MANIFEST} says {self.manifest['files'][name]['bytes']} bytes; restore it "
+                f"or {ANEW}"
+            ) from error
 
 
 def _wrong_size(files: Folder, name: str, n_bytes: int) -> str | None:

@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
     deadline = None if limit is None else time.time() + limit
     reserve = 0.0 if limit is None else min(RESERVE, RESERVED_SHARE * limit)
     from attamba.studies.data import DATA, tiny_texts
-    from attamba.studies.engine import Place, run_all
+    from attamba.studies.engine import Place
+    from attamba.studies.jobs import run_all
     from attamba.studies.recipe import chosen_runs, find_study
 
     studies = [find_study(name, args.recipes) for name in args.names]

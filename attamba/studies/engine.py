@@ -1,4 +1,4 @@
-"""Trains and scores the runs of a study, skipping what is done and going on with what is not.
+"""Trains and scores a run of a study, skipping what is done and going on with what is not.
 
 A run has a folder, <out>/<scale>/<study>/<run>, with its checkpoints, scores/<name>.json for each
 score that is there, and calls.jsonl: one line per call that worked on it. Its stages have folders
@@ -10,12 +10,8 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import multiprocessing
-import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +30,7 @@ from attamba.studies.results import (
     Record,
     Result,
     Shelf,
+    begins_elsewhere,
     differences,
     missing_scores,
     of_these_texts,
@@ -43,15 +40,16 @@ from attamba.studies.results import (
     thinned,
     write_result,
 )
-from attamba.studies.scores import Subject, make_score, text_of
+from attamba.studies.scores import Subject, check_for_run, make_score, text_of
 from attamba.studies.stages import check_stages, read_all, trainings
 from attamba.train import CheckpointError, TrainingDiverged, TrainingInterrupted, load, train
 from attamba.train.checkpoint import read_state
+from attamba.train.interrupt import left_at_once
+from attamba.train.metrics import append_line, read_lines
 from attamba.train.runtime import resolve_device
 from attamba.train.sources import open_sources
-from attamba.train.storage import find_checkpoint, list_checkpoints
+from attamba.train.storage import find_checkpoint, list_checkpoints, weights_digest
 
-Say = Callable[[str], None]
 Status = Literal["done", "there", "stopped", "waiting", "failed"]
 
 
@@ -94,48 +92,6 @@ class Outcome:
         return f"{told}: {self.text}" if self.text else told
 
 
-def run_all(runs: list[Run], place: Place, *, jobs: int = 1, say: Say = print) -> list[Outcome]:
-    """Work on every run, `jobs` at a time, and say what became of each.
-
-    Several jobs on device "cuda" or "auto" are spread over the CUDA devices that there are.
-    A run that cannot be (its configuration, its data, the device's memory) fails alone; the others
-    go on. Raises KeyboardInterrupt after Ctrl-C, when what was running has saved.
-    """
-    outcomes = []
-    for outcome in _each(runs, place, jobs):
-        outcomes.append(outcome)
-        say(str(outcome))
-    return outcomes
-
-
-def _each(runs: list[Run], place: Place, jobs: int) -> Iterator[Outcome]:
-    if jobs == 1:
-        for run in runs:
-            yield work_on(run, place)
-        return
-    # Forked processes cannot use a CUDA device that this one has touched.
-    context = multiprocessing.get_context("spawn")
-    begun = context.Value("i", 0)
-    with ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=_settle, initargs=(jobs, begun)
-    ) as pool:
-        for future in as_completed([pool.submit(work_on, run, place) for run in runs]):
-            yield future.result()
-
-
-def _settle(jobs: int, begun: Any) -> None:
-    """A process of `jobs` takes its share of the CPU's threads, and the next CUDA device in turn.
-
-    begun: how many processes came before, shared by all.
-    """
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-    with begun.get_lock():
-        number = begun.value
-        begun.value += 1
-    if torch.cuda.is_available():
-        torch.cuda.set_device(number % torch.cuda.device_count())
-
-
 def work_on(run: Run, place: Place) -> Outcome:
     """Train and score one run as far as the deadline allows, and write its result if it is done."""
     try:
@@ -145,7 +101,9 @@ def work_on(run: Run, place: Place) -> Outcome:
             return Outcome(run, "there", "" if there.study == run.study else f"as {there.name}")
         if place.left() <= place.reserve:
             return Outcome(run, "waiting")
-        return _Worker(run, config, place).go()
+        check_for_run(run.scores, config, place.data, tiny=run.scale == "tiny")
+        with left_at_once(place.run_dir(run)):  # while it is scored; training has its own way
+            return _Worker(run, config, place).go()
     except (ValueError, OSError, ImportError, CheckpointError) as error:
         return Outcome(run, "failed", str(error) or type(error).__name__)
     except RuntimeError as error:  # the device's memory, a kernel: other runs may do without
@@ -197,6 +155,11 @@ def _found(run: Run, config: RunConfig, place: Place) -> Result | None:
             f"{path} was trained, validated or scored on other texts than those in {place.data}; "
             f"delete it to run anew, or name another folder with --results"
         )
+    if result.run.get("init_weights") != (_given_weights(config) or result.run.get("init_weights")):
+        raise ConfigError(
+            f"{path} began with other weights than are in {config.train.init_from} now; delete it "
+            f"to run anew, or give the variant another name"
+        )
     differing = differences(saved_config(result), config)
     if differing:
         raise ConfigError(
@@ -212,8 +175,18 @@ def _found(run: Run, config: RunConfig, place: Place) -> Result | None:
     return None if missing else result
 
 
+def _given_weights(config: RunConfig) -> str | None:
+    """Fingerprint of the weights of train.init_from; None without them, and for a run's stages."""
+    if not begins_elsewhere(config):
+        return None
+    try:
+        return weights_digest(find_checkpoint(str(config.train.init_from)))
+    except CheckpointError:  # gone; training says so where it needs them
+        return None
+
+
 class _OutOfTimeError(Exception):
-    """The deadline passed between two stages, or while a text was scored."""
+    """The deadline passed between two stages, or while a score was measured."""
 
 
 class _Worker:
@@ -277,9 +250,11 @@ class _Worker:
         check_stages(self.trainings)
         while True:
             config = self.trainings[self.under_way]
-            step = train(config, on_log=on_log, should_stop=should_stop).step
+            result = train(config, on_log=on_log, should_stop=should_stop)
+            if result.interruption is not None:
+                raise result.interruption
             if config is self.trainings[-1]:
-                return step
+                return result.step
             if self.worked and should_stop():
                 raise _OutOfTimeError
             self.under_way += 1
@@ -287,8 +262,9 @@ class _Worker:
 
     def _step(self) -> str:
         config = self.trainings[self.under_way]
-        state = read_state(find_checkpoint(config.out))
-        return f"step {state['step']} of {config.train.steps}{self._stage()}"
+        begun = list_checkpoints(config.out)
+        step = read_state(find_checkpoint(config.out))["step"] if begun else 0
+        return f"step {step} of {config.train.steps}{self._stage()}"
 
     def _stage(self) -> str:
         """Of how many stages which one is under way, for messages; empty where there are none."""
@@ -305,8 +281,7 @@ class _Worker:
         }
         if self.device.type == "cuda":
             call["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
-        with open(self.folder / "calls.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(call) + "\n")
+        append_line(self.folder / "calls.jsonl", call)
 
     def _scores(self) -> dict[str, Record] | None:
         """Every score's text and result, from its file where it is there; None where the time does
@@ -331,6 +306,7 @@ class _Worker:
                     saved = {"spec": spec, "text": text, "result": score.measure(subject)}
                 except _OutOfTimeError:
                     return None
+                _check_finite(saved["result"], name, self.folder)
                 write_json(path, saved)
                 self.worked = True
             found[name] = {"text": saved.get("text"), "result": saved["result"]}
@@ -358,7 +334,8 @@ class _Worker:
         metrics = self._metrics()
         training = [[r for r in part if r["kind"] == "train"] for part in metrics]
         last = next((part[-1] for part in reversed(training) if part), None)
-        calls = read_lines(self.folder / "calls.jsonl")
+        path = self.folder / "calls.jsonl"
+        calls = read_lines(path) if path.exists() else []
         records: list[Record] = [
             {
                 "kind": "run",
@@ -369,6 +346,7 @@ class _Worker:
                 "config": _portable(to_dict(self.config)),
                 "scores": self.run.scores,
                 "data": self._fingerprints(),
+                "init_weights": _given_weights(self.config),
                 "parameters": n_parameters(self.config.model),
                 "costs": costs(self.config, self._tokens()),
             },
@@ -389,9 +367,11 @@ class _Worker:
         write_result(result_path(self.place.results, self.run.study, self.run.name), records)
 
     def _fingerprints(self) -> dict[str, str | None]:
-        """Of the data; none for a run that diverged before its first checkpoint."""
+        """Of what it was trained on; none for a run that diverged before its first checkpoint."""
         for config in reversed(self.trainings):
-            if list_checkpoints(config.out):
+            # What a task makes for a stage is not what it makes for rows of another length.
+            of_the_run = config is self.trainings[-1] or config.data.generate is None
+            if of_the_run and list_checkpoints(config.out):
                 return read_state(find_checkpoint(config.out))["data"]
         return {}
 
@@ -403,11 +383,15 @@ class _Worker:
         return torch.from_numpy(dataset.tokens(0, min(dataset.n_tokens, 1 << 16)))[None]
 
 
-def read_lines(path: Path) -> list[Record]:
-    """The lines of calls.jsonl; empty where there is none."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _check_finite(result: Record, score: str, folder: Path) -> None:
+    """Raise ConfigError for figures that are no numbers, as weights give that are none."""
+    try:
+        json.dumps(result, allow_nan=False)
+    except ValueError as error:
+        raise ConfigError(
+            f"scores.{score} of the model in {folder} is infinite or not a number; delete the "
+            f"folder and train it otherwise, at a lower optim.lr for one"
+        ) from error
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:

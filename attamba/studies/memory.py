@@ -6,8 +6,8 @@ Shapes: B rows, T tokens, d model width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from attamba.models import Decoder
     from attamba.studies.scores import CopyScore, PasskeyScore, RecallScore
 
+TaskT = TypeVar("TaskT", Recall, Passkey)
+Progress = Callable[[int], None] | None
+"""Called after each batch with the number of tokens that a score has scored so far."""
+
 WHOLE = 4096
 """Rows up to this length go through the model at once, longer ones through its cache."""
 DEPTHS = 5
@@ -33,7 +37,10 @@ DEPTHS = 5
 
 
 def copying(
-    model: Decoder, documents: Sequence[TokenizedDocument], score: CopyScore
+    model: Decoder,
+    documents: Sequence[TokenizedDocument],
+    score: CopyScore,
+    progress: Progress = None,
 ) -> dict[str, Any]:
     """Nats per token of passages, read first and read again after a gap: what follows in the text.
 
@@ -43,7 +50,7 @@ def copying(
 
     Rows are the same for every model. Raises ConfigError where no document is long enough.
     """
-    device, settings = model.embed.weight.device, []
+    device, settings, add = model.embed.weight.device, [], _adding(progress)
     for gap in score.gaps:
         rows = _read_twice(documents, score, gap)
         first, again = (
@@ -53,6 +60,7 @@ def copying(
         for begin in range(0, score.rows, score.batch_size):
             ids = torch.from_numpy(rows[begin : begin + score.batch_size]).to(device)
             nats.append(_nats_at(model, ids, np.concatenate([first, again])))
+            add(nats[-1].size)
         both = np.concatenate(nats).mean(0)
         settings.append(
             {
@@ -94,32 +102,50 @@ def _nats_at(model: Decoder, ids: torch.Tensor, places: np.ndarray) -> np.ndarra
     return nats.view(len(ids), -1).cpu().numpy()
 
 
-def recall(model: Decoder, config: RunConfig, score: RecallScore) -> dict[str, Any]:
+def task_of(config: RunConfig, kind: type[TaskT], score: str) -> TaskT:
+    """The task that a run is trained on. Raises ConfigError, naming the score, for another kind."""
+    spec = config.data.generate
+    task = make_task(spec) if spec else None
+    if not isinstance(task, kind):
+        raise ConfigError(
+            f"{score} needs a run on data.generate={{type: {kind.type}}}, and this one has "
+            f"data.generate={spec}; train on that task, or leave the score out"
+        )
+    return task
+
+
+def recall(
+    model: Decoder, config: RunConfig, score: RecallScore, progress: Progress = None
+) -> dict[str, Any]:
     """Accuracy at each gap and P, where the model has one; chance is 1 / n_values."""
-    task = make_task(config.data.generate or {})
-    if not isinstance(task, Recall):
-        raise ConfigError("a recall score needs a run on data.generate={type: recall}")
-    settings = []
+    task = task_of(config, Recall, "a recall score")
+    settings, add = [], _adding(progress)
     has_chunks = any(hasattr(mixer, "chunk_size") for mixer in config.model.layer_mixers())
     sizes: list[int] | list[None] = (has_chunks and score.chunk_sizes) or [None]
     for size in sizes:
         dialled = model if size is None else redial(model, {"mixer.chunk_size": size})
         for gap in score.gaps:
             there = dataclasses.replace(score, gaps=[gap])
-            settings.append({"chunk_size": size, **_recall_at(dialled, config, task, there)})
+            settings.append({"chunk_size": size, **_recall_at(dialled, config, task, there, add)})
     return {"chance": 1 / task.n_values, "settings": settings}
 
 
+def row_length(config: RunConfig, task: Recall, gap: int) -> int:
+    """Tokens of a row at another gap than training's, with as much room for questions."""
+    return config.data.seq_len + gap - task.gap
+
+
 def _recall_at(
-    model: Decoder, config: RunConfig, task: Recall, score: RecallScore
+    model: Decoder, config: RunConfig, task: Recall, score: RecallScore, add: Callable[[int], None]
 ) -> dict[str, Any]:
     (gap,) = score.gaps
-    seq_len = config.data.seq_len + gap - task.gap
+    seq_len = row_length(config, task, gap)
     rows = GeneratedRows(at_gap(task, gap), seq_len, score.batch_size, config.train.seed)
     hits, distances = [], []
     for batch in _held_out(rows, score.rows):
         right, scored = _right(model, batch)
         hits.append(right[scored])
+        add(int(scored.sum()))
         distances.append(_distances(batch, task.pairs)[scored])
     hit, distance = np.concatenate(hits), np.concatenate(distances)
     return {
@@ -152,15 +178,15 @@ def _by_distance(hit: np.ndarray, distance: np.ndarray) -> list[dict[str, Any]]:
     ]
 
 
-def passkey(model: Decoder, config: RunConfig, score: PasskeyScore) -> dict[str, Any]:
+def passkey(
+    model: Decoder, config: RunConfig, score: PasskeyScore, progress: Progress = None
+) -> dict[str, Any]:
     """At each length the share of keys found (all digits, each after the right ones before it),
     the share of digits, and the share of keys by where they stood: in the first fifth of the row,
     and so on.
     """
-    task = make_task(config.data.generate or {})
-    if not isinstance(task, Passkey):
-        raise ConfigError("a passkey score needs a run on data.generate={type: passkey}")
-    settings = []
+    task = task_of(config, Passkey, "a passkey score")
+    settings, add = [], _adding(progress)
     for length in score.lengths:
         rows = GeneratedRows(task, length, score.batch_size, config.train.seed)
         hits, depth = [], []
@@ -168,8 +194,9 @@ def passkey(model: Decoder, config: RunConfig, score: PasskeyScore) -> dict[str,
             right, scored = _right(model, batch)
             hits.append(right[scored].reshape(-1, task.digits))
             depth += [_depth(row) for row in batch.inputs]
+            add(int(scored.sum()))
         hit = np.concatenate(hits)
-        whole = hit.all(1)
+        whole = np.all(hit, axis=1)
         part = np.minimum((np.array(depth) * DEPTHS).astype(int), DEPTHS - 1)
         settings.append(
             {
@@ -191,6 +218,19 @@ def _depth(row: np.ndarray) -> float:
     """Where the key of one row's ids stands, from 0 (the first byte) to 1 (the last)."""
     text = bytes(row.astype(np.uint8))
     return text.index(b" The pass key is ") / len(text)
+
+
+def _adding(progress: Progress) -> Callable[[int], None]:
+    """What is called with the tokens of each batch, to tell progress of all so far."""
+    done = 0
+
+    def add(n: int) -> None:
+        nonlocal done
+        done += n
+        if progress is not None:
+            progress(done)
+
+    return add
 
 
 def _held_out(rows: GeneratedRows, n: int) -> Iterator[Batch]:

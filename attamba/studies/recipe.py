@@ -73,6 +73,10 @@ TINY_LAYERS = 2
 Resolve = Callable[[dict[str, Any]], dict[str, Any]]
 
 
+STAGES = "stages "
+"""How train.init_from begins in the configuration of a run that has stages: they follow."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One training and its scores."""
@@ -147,7 +151,7 @@ class Study:
         tree = apply_overrides(self.base, changes)
         stages = tuple(self._scaled(apply_overrides(tree, stage), scale) for stage in self.stages)
         if stages:
-            told = f"stages {json.dumps(self.stages, sort_keys=True)}"
+            told = f"{STAGES}{json.dumps(self.stages, sort_keys=True)}"
             tree = apply_overrides(tree, {"train.init_from": told})
         return Run(self.name, variant, seed, scale, self._scaled(tree, scale), self.scores, stages)
 
@@ -241,41 +245,38 @@ def _study(path: Path, tree: dict[str, Any]) -> Study:
     strangers = sorted(set(paper) - set(variants))
     if strangers:
         raise ConfigError(f"paper names {strangers[0]!r}, which is not a variant")
+    base, common = _base(path, tree.get("base", {})), tree.get("set") or {}
     return Study(
         name=tree.get("name", path.stem),
         question=str(tree.get("question", "")).strip(),
         groups=groups,
-        base=_base(path, tree.get("base", {})),
-        common=tree.get("set") or {},
+        base=base,
+        common=common,
         seeds=seeds,
         variants=variants,
         scores=scores,
         against=_references(tree.get("against"), variants),
         paper=paper,
         tiny=tree.get("tiny") or {},
-        stages=_stages(tree.get("stages") or [], tree.get("set") or {}, variants),
+        stages=_stages(tree.get("stages") or [], base, common, variants),
     )
 
 
 def _stages(
-    asked: Any, common: dict[str, Any], variants: dict[str, dict[str, Any]]
+    asked: Any, base: dict[str, Any], common: dict[str, Any], variants: dict[str, dict[str, Any]]
 ) -> tuple[dict[str, Any], ...]:
     """What `stages` says. Raises ConfigError for what is no list of changes."""
     if not isinstance(asked, list) or not all(isinstance(stage, dict) for stage in asked):
         raise ConfigError(f"stages={asked!r} must be a list of keys and values, a stage to each")
-    for place, changes in ({"set": common, **variants} if asked else {}).items():
-        _refuse_init(place, changes)
-    for number, stage in enumerate(asked, 1):
-        _refuse_init(f"stage {number}", stage)
+    places = [("base", base), ("set", common), *variants.items()]
+    places += [(f"stage {number}", stage) for number, stage in enumerate(asked, 1)]
+    for place, changes in places if asked else ():
+        if (apply_overrides({}, changes).get("train") or {}).get("init_from") is not None:
+            raise ConfigError(
+                f"{place} sets train.init_from, and with `stages` each training begins with the "
+                f"one before; leave it out"
+            )
     return tuple(asked)
-
-
-def _refuse_init(place: str, changes: dict[str, Any]) -> None:
-    if "train.init_from" in changes:
-        raise ConfigError(
-            f"{place} sets train.init_from, and with `stages` each training begins with the one "
-            f"before; leave it out"
-        )
 
 
 def _references(asked: str | dict[str, str] | None, variants: dict[str, Any]) -> dict[str, str]:

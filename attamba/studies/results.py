@@ -1,7 +1,8 @@
 """Result files: one per run, JSON lines, written whole when the run is done.
 
 {"kind": "run", study, variant, seed, scale, config, scores (as asked), data (fingerprints),
- code, parameters, ...}                      what was run
+ init_weights (the fingerprint of those of train.init_from), code, parameters, ...}
+                                             what was run
 {"kind": "train", step, loss, ...}           thinned training records; `stage` in those of stages
                                              that came before the run's own training
 {"kind": "valid", step, valid_loss, ...}     every validation
@@ -21,7 +22,7 @@ from typing import Any
 
 from attamba.config import ConfigError, RunConfig, from_dict, to_dict
 from attamba.data.files import write_aside
-from attamba.studies.recipe import Run
+from attamba.studies.recipe import STAGES, Run
 from attamba.train.run_folder import dotted
 
 Record = dict[str, Any]
@@ -146,6 +147,8 @@ class Shelf:
 
         data, texts: as of_these_texts has them, of which it must be. Default: any.
         """
+        if begins_elsewhere(config):
+            return None
         for result in self._by_identity.get(_identity(config), []):
             if (
                 result.run["scale"] == scale
@@ -166,6 +169,12 @@ class Shelf:
                 continue
             found.setdefault(identity, []).append(result)
         return found
+
+
+def begins_elsewhere(config: RunConfig) -> bool:
+    """Does it begin with weights of which its recipe knows a place alone, where others may be?"""
+    init = config.train.init_from
+    return init is not None and not init.startswith(STAGES)
 
 
 def missing_scores(result: Result, scores: Record) -> list[str]:

@@ -1,7 +1,7 @@
 """What a run is scored by: text, a dial of settings, passages read twice, recall, a pass key.
 
 A recipe names scores and their options: {books: {kind: text, data: valid, context: 1024}}. Each
-gives plain numbers for a result file.
+gives plain numbers for a result file, and can tell before training whether a run can have it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from attamba.config import ConfigError, did_you_mean, from_dict
 from attamba.mixers import at_least
 
 if TYPE_CHECKING:
-    from attamba.config import RunConfig
+    from attamba.config import ModelConfig, RunConfig
     from attamba.data import TokenizedDocument, Tokenizer
     from attamba.models import Decoder
 
@@ -34,7 +34,8 @@ class Subject:
     data: Path
     """Holds a prepared folder for each text that scores name."""
     progress: Callable[[int], None] | None = None
-    """Called now and then while a text is scored; what it raises ends that."""
+    """Called after each batch with the tokens that a score has scored so far; what it raises ends
+    that score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,15 @@ class TextScore:
         if self.context is not None:
             overlap = self.context / (self.stride or max(1, self.context // 2))
         return int(min(size, self.max_tokens or size) * overlap)
+
+    def check(self, config: RunConfig, data: Path, where: str) -> None:
+        """Raise ConfigError where a run of this configuration cannot be scored so; cheap.
+
+        data: as for Subject. where: the score's key.
+        """
+        model = _dialled(config, self.set, f"{where}.set={self.set}") if self.set else config.model
+        if self.context is None:
+            _check_decodes(model, f"{where}.context=null: whole documents are read through")
 
     def measure(self, subject: Subject) -> dict[str, Any]:
         from attamba.dial import redial
@@ -124,11 +134,24 @@ class DialScore:
     def tokens(self, data: Path) -> int:
         return TextScore(data=self.data, max_tokens=self.max_tokens).tokens(data) * len(self.values)
 
+    def check(self, config: RunConfig, data: Path, where: str) -> None:
+        """As for text."""
+        if not self._concerns(config.model):
+            return
+        named = f"{where}.values={self.values}"
+        for value in self.values:
+            model = _dialled(config, {self.key: value}, named)
+            _check_decodes(model, f"{named}: each is told with the bytes of")
+
+    def _concerns(self, model: ModelConfig) -> bool:
+        """Has a mixer what is turned?"""
+        name = self.key.rpartition(".")[2]
+        return any(hasattr(mixer, name) for mixer in model.layer_mixers())
+
     def measure(self, subject: Subject) -> dict[str, Any]:
         from attamba.dial import sweep
 
-        name = self.key.rpartition(".")[2]
-        if not any(hasattr(mixer, name) for mixer in subject.model.config.layer_mixers()):
+        if not self._concerns(subject.model.config):
             return {"key": self.key, "rows": []}
         rows = sweep(
             subject.model,
@@ -139,6 +162,7 @@ class DialScore:
             context=self.context,
             batch_size=self.batch_size,
             max_tokens=self.max_tokens,
+            progress=subject.progress,
         )
         return {"field": self.key, "rows": [row.to_dict() for row in rows]}
 
@@ -165,10 +189,30 @@ class CopyScore:
     def tokens(self, data: Path) -> int:
         return sum(2 * self.passage + gap for gap in self.gaps) * self.rows
 
+    def check(self, config: RunConfig, data: Path, where: str) -> None:
+        """As for text: is a document long enough for a row?"""
+        import numpy as np
+
+        from attamba.data import TokenDataset
+
+        dataset = TokenDataset.open(data / self.data)
+        longest = int(np.diff(dataset.starts, append=dataset.n_tokens).max(initial=1)) - 1
+        named = f"{where}.gaps={self.gaps}"
+        for gap in self.gaps:
+            size = self.passage + gap
+            if size > longest:
+                raise ConfigError(
+                    f"{named}: {gap} and {where}.passage={self.passage} need a document of {size} "
+                    f"tokens, and the longest of {data / self.data} has {longest}; give smaller "
+                    f"gaps or longer texts"
+                )
+            _check_row_decodes(config.model, size + self.passage, named)
+
     def measure(self, subject: Subject) -> dict[str, Any]:
         from attamba.studies.memory import copying
 
-        return copying(subject.model, list(_documents(subject, self.data, None)), self)
+        documents = list(_documents(subject, self.data, None))
+        return copying(subject.model, documents, self, subject.progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,10 +235,22 @@ class RecallScore:
     def tokens(self, data: Path) -> int:
         return sum(256 + gap for gap in self.gaps) * self.rows * len(self.chunk_sizes or [1])
 
+    def check(self, config: RunConfig, data: Path, where: str) -> None:
+        """As for text: has the run the task, and room for its questions?"""
+        from attamba.data.generated import Draws, Recall
+        from attamba.studies.memory import row_length, task_of
+
+        task = task_of(config, Recall, f"{where}.kind=recall")
+        # Rows at any gap have as much room as training's, whose length the error names.
+        task.row(config.data.seq_len, Draws(0, 0))
+        for gap in self.gaps:
+            length = row_length(config, task, gap)
+            _check_row_decodes(config.model, length, f"{where}.gaps={self.gaps}")
+
     def measure(self, subject: Subject) -> dict[str, Any]:
         from attamba.studies.memory import recall
 
-        return recall(subject.model, subject.config, self)
+        return recall(subject.model, subject.config, self, subject.progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,10 +271,25 @@ class PasskeyScore:
     def tokens(self, data: Path) -> int:
         return sum(self.lengths) * self.rows
 
+    def check(self, config: RunConfig, data: Path, where: str) -> None:
+        """As for text: has the run the task, and can rows of these lengths be made?"""
+        from attamba.data.generated import Draws, Passkey
+        from attamba.studies.memory import task_of
+
+        task = task_of(config, Passkey, f"{where}.kind=passkey")
+        named = f"{where}.lengths={self.lengths}"
+        for length in self.lengths:
+            try:
+                task.row(length, Draws(0, 0))
+            except ConfigError as error:  # which names the length of training's rows
+                text = str(error).replace(f"data.seq_len={length}", str(length))
+                raise ConfigError(f"{named}: {text}") from error
+            _check_row_decodes(config.model, length, named)
+
     def measure(self, subject: Subject) -> dict[str, Any]:
         from attamba.studies.memory import passkey
 
-        return passkey(subject.model, subject.config, self)
+        return passkey(subject.model, subject.config, self, subject.progress)
 
 
 Score = TextScore | DialScore | CopyScore | RecallScore | PasskeyScore
@@ -229,6 +300,8 @@ KINDS: dict[str, type[Score]] = {
     "recall": RecallScore,
     "passkey": PasskeyScore,
 }
+LISTS = {"lengths": 1, "gaps": 0, "chunk_sizes": 1}
+"""Fields that hold several numbers, and the least that each may be."""
 
 
 def make_score(spec: dict[str, Any], where: str) -> Score:
@@ -245,11 +318,36 @@ def make_score(spec: dict[str, Any], where: str) -> Score:
         value = getattr(score, name, None)
         if value is not None:
             at_least(value, 1, f"{where}.{name}")
+    for name in (*LISTS, "values"):
+        if getattr(score, name, None) == []:
+            raise ConfigError(
+                f"{where}.{name}=[] measures nothing; name some, or leave {name} out for its "
+                f"default"
+            )
+    for name, least in LISTS.items():
+        for i, value in enumerate(getattr(score, name, None) or []):
+            at_least(value, least, f"{where}.{name}.{i}")
+    if isinstance(score, TextScore):
+        _check_stride(score, where)
     if isinstance(score, CopyScore):
         at_least(
             score.passage, UNTOLD + 1, f"{where}.passage", f"; the first {UNTOLD} do not count"
         )
     return score
+
+
+def _check_stride(score: TextScore, where: str) -> None:
+    if score.stride is None:
+        return
+    if score.context is None:
+        raise ConfigError(
+            f"{where}.stride={score.stride} has no effect with {where}.context=null, the whole "
+            f"document; leave it out"
+        )
+    if score.stride > score.context:
+        raise ConfigError(
+            f"{where}.stride={score.stride} must be at most {where}.context={score.context}"
+        )
 
 
 def text_of(score: Score, data: Path) -> str | None:
@@ -276,6 +374,52 @@ def check_scores(specs: Any) -> None:
         if not isinstance(spec, dict):
             raise ConfigError(f"scores.{name}={spec!r} must be keys and values, kind among them")
         make_score(spec, f"scores.{name}")
+
+
+def check_for_run(
+    specs: dict[str, dict[str, Any]], config: RunConfig, data: Path, *, tiny: bool = False
+) -> None:
+    """Raise ConfigError for scores that a run of this configuration cannot have; nothing is trained
+    for it.
+
+    data: as for Subject. tiny: are they measured at tiny scale?
+    """
+    for name, spec in specs.items():
+        score = make_score(spec, f"scores.{name}")
+        score = score.at_tiny_scale() if tiny else score
+        score.check(config, data, f"scores.{name}")
+
+
+def _dialled(config: RunConfig, overrides: dict[str, Any], named: str) -> ModelConfig:
+    """The model as a score sets it. Raises ConfigError where its weights could not be used so."""
+    import torch
+
+    from attamba.dial import redial
+    from attamba.models import build_model
+
+    try:
+        with torch.device("meta"):
+            return redial(build_model(config.model), overrides).config
+    except ValueError as error:
+        raise ConfigError(f"{named}: {error}") from error
+
+
+def _check_row_decodes(model: ModelConfig, length: int, named: str) -> None:
+    """Raise ConfigError for a row that is too long for a model without a decode cache."""
+    from attamba.studies.memory import WHOLE
+
+    if length > WHOLE:
+        _check_decodes(model, f"{named}: rows of more than {WHOLE} tokens are read through")
+
+
+def _check_decodes(model: ModelConfig, needed: str) -> None:
+    """Raise ConfigError for a model that has no decode cache. needed: what for, for the message."""
+    from attamba.models.registry import future_policy
+    from attamba.ops.chunking import cannot_decode
+
+    policy = future_policy(model)
+    if policy is not None:
+        raise ConfigError(f"{needed} a decode cache, and {cannot_decode(policy)}")
 
 
 def _documents(

@@ -291,14 +291,19 @@ def glance_table(tolds: list[Told]) -> Table:
 
 def _score(row: Row, score: str, figure: str, digits: int) -> str:
     """Mean and, of several seeds, half of their range."""
-    diverged = [result for result in row.results if "diverged" in result.end]
     values = row.values(score, figure)
-    if not values:
-        return "diverged" if diverged else ""
-    text = f"{statistics.fmean(values):.{digits}f}"
+    text = f"{statistics.fmean(values):.{digits}f}" if values else ""
     if len(values) > 1:
         text += f" ± {(max(values) - min(values)) / 2:.{digits}f}"
-    return text + (f" ({len(diverged)} diverged)" if diverged else "")
+    return _with_diverged(row, text)
+
+
+def _with_diverged(row: Row, text: str) -> str:
+    """A figure of the runs that have one (empty: none), and how many others diverged."""
+    diverged = sum("diverged" in result.end for result in row.results)
+    if not diverged:
+        return text
+    return f"{text} ({diverged} diverged)" if text else "diverged"
 
 
 def position_edges(told: Told, score: str) -> list[tuple[int, int]]:
@@ -317,7 +322,7 @@ def position_table(told: Told, score: str) -> Table:
     """Nats per token by position in the document, a row per bucket."""
     head = ["position", *(row.variant for row in told.rows)]
     body = [
-        [f"{a:,} to {b - 1:,}", *(_digits(at_position(row, score, a), 4) for row in told.rows)]
+        [f"{a:,} to {b - 1:,}", *(_digits(row, at_position(row, score, a), 4) for row in told.rows)]
         for a, b in position_edges(told, score)
     ]
     return head, body
@@ -351,8 +356,8 @@ def dial_table(told: Told, score: str) -> Table:
     head = [asked.key, *(row.variant for row in told.rows)]
     body = []
     for value in asked.values:
-        found = [at_setting(row, score, "value", value, "perplexity") for row in told.rows]
-        body.append([str(value), *(_digits(perplexity, 2) for perplexity in found)])
+        found = [(row, at_setting(row, score, "value", value, "perplexity")) for row in told.rows]
+        body.append([str(value), *(_digits(row, perplexity, 2) for row, perplexity in found)])
     return head, body
 
 
@@ -371,7 +376,8 @@ def memory_table(told: Told, score: str) -> Table:
     body = []
     for row in told.rows:
         shares = [at_setting(row, score, key, value, "accuracy") for value in settings]
-        cells = ["" if share is None else f"{100 * share:.1f}%" for share in shares]
+        texts = ["" if share is None else f"{100 * share:.1f}%" for share in shares]
+        cells = [_with_diverged(row, text) for text in texts]
         cells = cells if row.results else [MISSING, *[""] * (len(settings) - 1)]
         body.append([*_begin(row), *cells])
     return head, body
@@ -386,7 +392,8 @@ def copy_table(told: Told, score: str) -> Table:
         first = [at_setting(row, score, "gap", gap, "first") for gap in gaps]
         known = [nats for nats in first if nats is not None]
         again = [at_setting(row, score, "gap", gap, "again") for gap in gaps]
-        cells = [_digits(nats, 3) for nats in (statistics.fmean(known) if known else None, *again)]
+        shown = (statistics.fmean(known) if known else None, *again)
+        cells = [_digits(row, nats, 3) for nats in shown]
         body.append([*_begin(row), *(cells if row.results else [MISSING, *[""] * len(gaps)])])
     return head, body
 
@@ -430,8 +437,8 @@ def _chunk_size(result: Result) -> int | None:
     return next((m["chunk_size"] for m in mixers if "chunk_size" in m), None)
 
 
-def _digits(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def _digits(row: Row, value: float | None, digits: int) -> str:
+    return _with_diverged(row, "" if value is None else f"{value:.{digits}f}")
 
 
 def _millions(n: float) -> str:

@@ -25,7 +25,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from attamba.config import ConfigError, ModelConfig, RunConfig, from_dict, override_model, to_dict
+from attamba.config import (
+    ConfigError,
+    ModelConfig,
+    RunConfig,
+    from_dict,
+    override_model,
+    to_dict,
+    woven_differences,
+)
 from attamba.data.files import sync
 from attamba.models import Decoder, build_model
 from attamba.train.optim import (
@@ -330,7 +338,8 @@ def load_weights(model: nn.Module, folder: Path, why: str | None = None) -> torc
 
 
 def check_shapes(given: str, there: ModelConfig, here: ModelConfig) -> None:
-    """Raise ConfigError unless the parameters of two models have the same names and shapes.
+    """Raise ConfigError unless the parameters of two models have the same names and shapes, and
+    mean the same (WOVEN).
 
     given: what has those of the first, for the message.
     """
@@ -345,6 +354,12 @@ def check_shapes(given: str, there: ModelConfig, here: ModelConfig) -> None:
                 f"{given} has no weights for this model: {name} is "
                 f"{saved.get(name, 'missing')} there and {wanted.get(name, 'missing')} here; "
                 f"change only what leaves the parameters alone ({LEAVES_ALONE})"
+            )
+    for name, was, now in woven_differences(there, here):
+        if name != "ssm_init":  # what weights were before they were trained
+            raise ConfigError(
+                f"{given} has weights for mixer.{name}={was}, which mean something else with "
+                f"mixer.{name}={now}; set mixer.{name}={was}"
             )
 
 

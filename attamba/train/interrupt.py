@@ -78,6 +78,8 @@ class StopRequest:
     ) -> None:
         self._should_stop, self._patient = should_stop, patient
         self._stopped = False
+        self.signalled = False
+        """Was there a signal?"""
         self.preempted = False
         """Was it SIGTERM or SIGUSR1?"""
         self._previous: dict[int, Any] = {}
@@ -97,7 +99,7 @@ class StopRequest:
         _restored(self._previous)
 
     def _handle(self, number: int, frame: object) -> None:
-        self._stopped = True
+        self._stopped = self.signalled = True
         self.preempted = self.preempted or number != signal.SIGINT
         if not self._patient and signal.SIGINT in self._previous:
             signal.signal(signal.SIGINT, self._previous.pop(signal.SIGINT))

@@ -64,7 +64,7 @@ class LayerStatistics(Observer):
             return []
         keys = [(name, module) for name, of in self._figures.items() for module in of]
         values = torch.stack([self._figures[name][module].float() for name, module in keys])
-        run.read()  # sends the next step's rows, then waits, which counts as time of training
+        run.read()  # waits for the step, which counts as time of training
         record: Record = {"kind": "layers"}
         for (name, module), value in zip(keys, values.tolist()):
             record.setdefault(name, {})[module] = value if math.isfinite(value) else None

@@ -57,6 +57,9 @@ class TrainResult:
     """Every record of metrics.jsonl, those from before a resume included; on rank 0."""
     is_main: bool = True
     """Is this rank 0, which speaks for all?"""
+    interruption: TrainingInterrupted | None = None
+    """What a signal in the last step would have raised, had there been another; a caller that has
+    more to do may raise it."""
 
 
 UNREADABLE, ASKED, PREEMPTED = 1, 2, 3
@@ -95,8 +98,17 @@ def train(
     """
     with open_loop(config, resume=resume, on_log=on_log, should_stop=should_stop) as loop:
         loop.go()
-    run = loop.run
-    return TrainResult(Path(config.out), run.step, loop.metrics.records, is_main=run.ranks.is_main)
+    run, interruption = loop.run, None
+    if loop.stop.signalled:
+        told = f"Stopped after the last of {run.step} steps (out={config.out})"
+        interruption = _interruption(told, preempted=loop.stop.preempted)
+    return TrainResult(
+        Path(config.out), run.step, loop.metrics.records, run.ranks.is_main, interruption
+    )
+
+
+def _interruption(told: str, *, preempted: bool) -> TrainingInterrupted:
+    return (TrainingPreempted if preempted else TrainingInterrupted)(told)
 
 
 @contextmanager
@@ -300,9 +312,10 @@ class Loop:
                 f"Saved a checkpoint after step {run.step}: the rows of the next cannot be read"
             )
         elif stopping and run.step < every.steps:
-            raise (TrainingPreempted if stopping == PREEMPTED else TrainingInterrupted)(
+            raise _interruption(
                 f"Stopped after step {run.step} of {every.steps} and saved a checkpoint; the "
-                f"same command goes on from it (out={run.config.out})"
+                f"same command goes on from it (out={run.config.out})",
+                preempted=stopping == PREEMPTED,
             )
 
     def _evaluate(self) -> None:

@@ -30,28 +30,42 @@ __all__ = [
     "Record",
     "Unwritten",
     "append_line",
+    "read_lines",
     "read_metrics",
     "records_up_to",
     "rewrite",
 ]
 
+MEND = "mend or delete that line"
+
 
 def read_metrics(path: str | Path) -> list[Record]:
-    """The lines of a metrics file, in order.
+    """The lines of a metrics file, in order, as read_lines has them.
 
-    A last line without its newline was being written when the run was killed: it is left out.
+    Raises ValueError for a line that is not a JSON object with a step.
+    """
+    records = read_lines(path)
+    for number, record in enumerate(records, 1):
+        if "step" not in record:
+            raise ValueError(f"{path}, line {number} is not a record with a step; {MEND}")
+    return records
+
+
+def read_lines(path: str | Path) -> list[Record]:
+    """The JSON objects of a file that has one per line, in order.
+
+    A last line without its newline was being written when the process was killed: it is left out.
     Raises ValueError for any other line that is not a JSON object.
     """
     records = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), 1):
-        if not line.endswith(b"\n"):
-            break
+    *lines, _ = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(record, dict) or "step" not in record:
-            raise ValueError(f"{path}, line {number} is not a record with a step")
+            raise ValueError(f"{path}, line {number} is not JSON ({error}); {MEND}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number} is not a JSON object; {MEND}")
         records.append(record)
     return records
 
@@ -174,9 +188,17 @@ def rewrite(path: Path, records: list[Record]) -> None:
 
 
 def append_line(path: Path, record: Record) -> None:
-    """Add a record to a file of them; it is on the disk then."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(_line(record))
+    """Add a record to a file of them; it is on the disk then.
+
+    A last line without its newline, which a killed process left, is cut off first: the record would
+    be glued to it. No reader has taken it.
+    """
+    with open(path, "ab+") as file:
+        file.seek(0)
+        content = file.read()
+        if not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+        file.write(_line(record).encode())
         file.flush()
         os.fsync(file.fileno())
 

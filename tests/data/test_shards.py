@@ -279,6 +279,47 @@ def test_truncated_shard(prepared):
         TokenDataset.open(prepared)
 
 
+@pytest.mark.parametrize("change", [-2, -1, -30, 1, 2, 100])
+@pytest.mark.parametrize("shard_tokens", [1, 10_000])
+def test_a_shard_of_another_length_than_when_it_was_opened(corpus, tmp_path, change, shard_tokens):
+    prepare(corpus, tmp_path / "out", load_tokenizer("bytes"), shard_tokens=shard_tokens)
+    path = sorted((tmp_path / "out").glob("tokens-*.bin"))[0]
+    dataset = TokenDataset.open(tmp_path / "out")
+    size = path.stat().st_size
+    os.truncate(path, max(size + change, 0))
+    text = (
+        rf"out/{path.name} has {max(size + change, 0)} bytes, manifest\.json says {size} bytes "
+        rf"\({size // 2} tokens of 2\); restore it or prepare the data anew"
+    )
+    for read in (lambda: dataset.tokens(0, 2), lambda: list(dataset.documents())):
+        with pytest.raises(DataError, match=text):
+            read()
+
+
+def test_a_manifest_that_counts_other_tokens_than_it_lists_bytes(prepared):
+    shards = json.loads((prepared / "manifest.json").read_text())["shards"]
+    edit(prepared, shards=[{**shards[0], "n_tokens": shards[0]["n_tokens"] + 1}])
+    with pytest.raises(
+        DataError, match=r"tokens-00000-000\.bin has \d+ bytes, manifest\.json says"
+    ):
+        TokenDataset.open(prepared).tokens(0, 2)
+
+
+@pytest.mark.parametrize("size", [0, 3, 50, 128, -1])
+def test_documents_that_were_cut_after_they_were_opened(prepared, size):
+    dataset = TokenDataset.open(prepared)
+    path = prepared / "documents-00000-000.npy"
+    full = path.stat().st_size
+    os.truncate(path, size % full)
+    text = (
+        rf"documents-00000-000\.npy cannot be read \(.+\): it has {size % full} bytes, "
+        rf"manifest\.json says {full} bytes; restore it or prepare the data anew"
+    )
+    for read in (lambda: dataset.doc_ids(0, 2), lambda: list(dataset.documents())):
+        with pytest.raises(DataError, match=text):
+            read()
+
+
 @pytest.mark.parametrize("name", ["documents-00000-000.npy", "tokenizer/tokenizer_meta.json"])
 def test_missing_file(prepared, name):
     (prepared / name).unlink()

@@ -1,9 +1,10 @@
 """Runs: done once, resumed where they stopped, failing alone, written whole."""
 
 import json
-import multiprocessing
 import os
 import shutil
+import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,8 @@ from attamba.cli import main
 from attamba.config import ConfigError
 from attamba.data import load_tokenizer, prepare
 from attamba.studies import engine
-from attamba.studies.engine import Place, run_all, work_on
+from attamba.studies.engine import Place, work_on
+from attamba.studies.jobs import run_all
 from attamba.studies.results import (
     Shelf,
     differences,
@@ -22,8 +24,10 @@ from attamba.studies.results import (
     saved_config,
     thinned,
 )
+from attamba.studies.scores import TextScore
 from attamba.studies.show import run_lines
 from attamba.studies.tables import tell
+from attamba.train import TrainingPreempted
 from attamba.train.metrics import read_metrics
 
 
@@ -275,22 +279,54 @@ def test_a_diverged_run_is_a_result(make_study, place):
     assert work_on(run, place).status == "there"
 
 
-def test_several_at_a_time(make_study, place):
-    study = make_study(seeds=[0])
-    outcomes = run_all(study.runs("full"), place, jobs=2, say=lambda text: None)
-    assert _statuses(outcomes) == {"chunks-s0": "done", "full-s0": "done"}
+@pytest.mark.parametrize("gone", [False, True])
+def test_weights_that_were_exchanged_make_another_run(make_study, place, one, gone):
+    """Of the same configuration: train.init_from says where they are."""
+    assert work_on(one, place).status == "done"
+    given = place.out / "given"
+    shutil.copytree(place.run_dir(one), given)
+    init = {"set": {"train.init_from": str(given)}, "seeds": [0], "variants": {"chunks": {}}}
+    (run,) = make_study(name="begun", **init).runs("full")
+    assert work_on(run, place).status == "done"
+    assert work_on(run, place).status == "there"
+    twin = make_study(name="twin", **init).runs("full")[0]
+    assert Shelf(place.results).find(twin) is None
+    shutil.rmtree(given)
+    if not gone:
+        other = make_study().runs("full")[2]  # the other seed
+        assert work_on(other, place).status == "done"
+        shutil.copytree(place.run_dir(other), given)
+    outcome = work_on(run, place)
+    assert outcome.status == ("there" if gone else "failed")
+    assert gone or f"other weights than are in {given} now; delete it" in outcome.text
 
 
-def test_jobs_take_the_gpus_in_turn(monkeypatch):
-    taken, threads = [], torch.get_num_threads()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    begun = multiprocessing.get_context("spawn").Value("i", 0)
-    for _ in range(3):
-        engine._settle(3, begun)
-    torch.set_num_threads(threads)
-    assert taken == [0, 1, 0]
+def test_a_signal_before_the_first_step_says_so(one, place, monkeypatch):
+    def leave(config, **_):
+        raise TrainingPreempted("left")
+
+    monkeypatch.setattr(engine, "train", leave)
+    late = replace(place, deadline=time.time() + 0.2, reserve=0.1)
+    place.run_dir(one).mkdir(parents=True)
+    monkeypatch.setattr(engine._Worker, "_clear", lambda self: time.sleep(0.3))
+    outcome = work_on(one, late)
+    assert outcome.status == "stopped" and outcome.text == "at step 0 of 6"
+
+
+def test_sigterm_while_a_score_is_measured_leaves_it_to_the_next_call(one, place, monkeypatch):
+    monkeypatch.setattr(TextScore, "measure", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(TrainingPreempted, match="SIGTERM while no step was under way"):
+        work_on(one, place)
+    monkeypatch.undo()
+    assert work_on(one, place).status == "done"
+
+
+def test_figures_that_are_no_numbers_are_no_score(one, place, monkeypatch):
+    monkeypatch.setattr(TextScore, "measure", lambda *_: {"perplexity": float("nan")})
+    outcome = work_on(one, place)
+    assert outcome.status == "failed" and "scores.books of the model in" in outcome.text
+    monkeypatch.undo()
+    assert work_on(one, place).status == "done"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="auto would be a GPU")

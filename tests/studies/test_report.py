@@ -10,11 +10,22 @@ import pytest
 from attamba.cli import main
 from attamba.config import ConfigError
 from attamba.studies import figures
-from attamba.studies.engine import run_all
+from attamba.studies.jobs import run_all
 from attamba.studies.recipe import GROUPS, find_recipes, load_study, save_json
 from attamba.studies.report import markdown, write_report
 from attamba.studies.results import Result, Shelf, read_result
-from attamba.studies.tables import Row, above_at_position, at_setting, quality_table, tell
+from attamba.studies.tables import (
+    Row,
+    Told,
+    above_at_position,
+    at_setting,
+    copy_table,
+    dial_table,
+    memory_table,
+    position_table,
+    quality_table,
+    tell,
+)
 
 FOLDER = Path(__file__).parents[2] / "studies"
 BOOKS = {"kind": "text", "data": "valid", "context": 32, "max_tokens": 200}
@@ -209,6 +220,55 @@ def test_the_own_chunk_size_is_shown_where_several_were_tried():
     config = {"model": {"mixer": {"type": "attamba", "chunk_size": 8}}}
     result = Result(Path("a"), {"config": config, "seed": 0}, scores={"r": {"settings": settings}})
     assert at_setting(Row("a", [result], 1), "r", "gap", 0, "accuracy") == 1 / 8
+
+
+def _ended(seed, diverged, scores):
+    """A result by hand; it has scores where it has not diverged."""
+    data = {"seq_len": 32}
+    run = {"seed": seed, "costs": {}, "config": {"data": data, "model": {"mixer": {}}}}
+    end = {"tokens": 64, "peak_memory_bytes": None, **({"diverged": "x"} if diverged else {})}
+    run["parameters"] = 1
+    return Result(Path("a"), run, scores={} if diverged else scores, end=end)
+
+
+FOUND = {
+    "recall": [
+        {"gap": gap, "accuracy": 0.5, "first": 1.0, "again": 2.0, "chunk_size": None}
+        for gap in (0, 8)
+    ],
+    "dial": [{"value": value, "perplexity": 3.0} for value in (2, 4)],
+    "books": [{"start": 0, "stop": 8, "nats": 1.5}],
+}
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "spec", "n_before", "cells"),
+    [
+        (memory_table, "recall", {"kind": "recall", "gaps": [0, 8]}, 3, ["50.0%", "50.0%"]),
+        (copy_table, "recall", {"kind": "copy", "gaps": [0, 8]}, 3, ["1.000", "2.000", "2.000"]),
+        (dial_table, "dial", {"kind": "dial", "values": [2, 4]}, 0, ["3.00", "3.00"]),
+        (position_table, "books", {"kind": "text"}, 0, ["1.5000"]),
+    ],
+)
+def test_tables_say_what_diverged(make_study, table, name, spec, n_before, cells):
+    key = {"books": "by_position", "dial": "rows"}.get(name, "settings")
+    scores = {name: {key: FOUND[name]}}
+    rows = [
+        Row("well", [_ended(0, False, scores)], 2),
+        Row("half", [_ended(0, True, scores), _ended(1, False, scores)], 2),
+        Row("none", [_ended(0, True, scores)], 2),
+        Row("late", [], 2),
+    ]
+    body = table(Told(make_study(scores={name: spec}), rows, ""), name)[1]
+    if n_before:  # a row per variant
+        found = {row[0]: row[n_before:] for row in body}
+    else:  # a column per variant
+        columns = list(zip(*body))[1:]
+        found = {row.variant: list(column) for row, column in zip(rows, columns)}
+    assert found["well"] == cells
+    assert found["half"] == [f"{cell} (1 diverged)" for cell in cells]
+    assert found["none"] == ["diverged"] * len(cells)
+    assert "diverged" not in " ".join(found["late"])
 
 
 def test_position_is_compared_over_the_seeds_that_both_have():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,13 @@ from attamba.studies.engine import Place, work_on
 from attamba.studies.recipe import load_study, save_json
 from attamba.studies.results import Shelf, read_result, result_path, saved_config
 from attamba.studies.show import run_lines
-from attamba.train import TrainingDiverged, load, train
+from attamba.train import (
+    TrainingDiverged,
+    TrainingInterrupted,
+    TrainingPreempted,
+    load,
+    train,
+)
 from attamba.train.checkpoint import read_config
 
 STAGES = [
@@ -151,6 +158,40 @@ def test_one_that_diverges_in_a_stage_says_in_which(one, place, limited, monkeyp
     assert work_on(one, place).text == "diverged at step 2, stage 2 of 3"
     result = result_of(one, place)
     assert result.end["steps"] == 4 and result.run["data"]["train"]
+    assert work_on(one, place).status == "there"
+
+
+def test_one_of_a_made_task_that_diverges_in_a_stage_is_a_result(make_study, place):
+    """Whose rows, as long as a stage's, are other data than the run's own."""
+    task = {"data.generate": {"type": "passkey", "digits": 2}, "data.seq_len": 100}
+    too_much = {"optim.lr": 1e30, "optim.warmup_steps": 0, "optim.grad_clip": 0}
+    short = {"data.seq_len": 90, "train.steps": 5}
+    study = make_study(set=task, stages=[short, short | too_much], scores={}, seeds=[0])
+    (run, _) = study.runs("full")
+    assert "diverged at step" in (text := work_on(run, place).text) and "stage 2 of 3" in text
+    assert work_on(run, place).status == "there"
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(signal.SIGINT, TrainingInterrupted), (signal.SIGTERM, TrainingPreempted)],
+)
+def test_a_signal_in_the_last_step_of_a_stage_ends_the_study(one, place, monkeypatch, number, kind):
+    def signalled(config, *, on_log, **rest):
+        def log(record):
+            on_log(record)
+            if record["kind"] == "valid" and record["step"] == config.train.steps:
+                signal.raise_signal(number)
+
+        return train(config, on_log=log, **rest)
+
+    monkeypatch.setattr(engine, "train", signalled)
+    with pytest.raises(kind):
+        work_on(one, place)
+    stages = sorted(path.name for path in place.run_dir(one).glob("stages/*"))
+    assert stages == ["1"]
+    monkeypatch.undo()
+    assert work_on(one, place).status == "done"
 
 
 @pytest.mark.parametrize(
@@ -202,10 +243,10 @@ def test_what_stages_cannot_be(make_study, stages, text):
         make_study(stages=stages)
 
 
-@pytest.mark.parametrize("place", ["set", "full"])
+@pytest.mark.parametrize("place", ["base", "set", "full"])
 def test_with_stages_nothing_else_says_what_a_run_begins_with(make_study, place):
-    init = {"train.init_from": "runs/x"}
-    where = {"set": init} if place == "set" else {"variants": {"full": init}}
+    init = {"train": {"init_from": "runs/x"}} if place == "base" else {"train.init_from": "runs/x"}
+    where = {"variants": {"full": init}} if place == "full" else {place: init}
     make_study(**where)
     with pytest.raises(ConfigError, match=rf"{place} sets train\.init_from, and with `stages`"):
         make_study(stages=STAGES, **where)

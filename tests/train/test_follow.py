@@ -208,6 +208,18 @@ def test_results_of_checkpoints_that_are_written_anew_are_cut(make_config):
     assert list(of(results(config), "valid")) == [4]
 
 
+@pytest.mark.parametrize("whole", ["", '{"kind": "valid", "step": 4}\n'])
+def test_a_result_that_a_kill_cut_short_is_scored_again(make_config, whole):
+    config = make_config({"eval.mode": "job", "train.keep": 9})
+    train(config)
+    with open(f"{config.out}/eval.jsonl", "w") as file:
+        file.write(whole + '{"kind": "valid", "st')
+    assert follow(config.out, device="cpu", say=lambda text: None) == 0
+    assert list(of(results(config), "valid")) == [4, 8, 12]
+    train(config)  # reads the file, and leaves it as it is
+    assert list(of(results(config), "valid")) == [4, 8, 12]
+
+
 def test_a_device_without_a_process_to_use_it_is_refused(make_config):
     with pytest.raises(ConfigError, match=r"eval\.device='cuda:1' is that of eval\.mode=process"):
         train(make_config({"eval.device": "cuda:1"}))

@@ -121,6 +121,15 @@ def test_a_model_of_other_shapes_is_refused_before_texts_are_prepared(
     assert not Path(config.out, "data").exists()
 
 
+def test_weights_that_mean_something_else_are_refused(make_config, first):
+    """Of other heads they have the same shapes. How weights once began is no matter."""
+    n = first.model.mixer.n_heads
+    told = f"has weights for mixer.n_heads={n}, .* mixer.n_heads={2 * n}; set mixer.n_heads={n}"
+    with pytest.raises(ConfigError, match=told):
+        train(make_config({"model.mixer.n_heads": 2 * n, "train.init_from": first.out}))
+    train(make_config({"model.mixer.ssm_init": 0.5, "train.init_from": first.out}))
+
+
 def test_another_tokenizer_is_refused(make_config, texts, tmp_path):
     train_bpe(texts, 300, tmp_path / "bpe")
     size = {"model.vocab_size": 300, "train.steps": 1}

@@ -5,7 +5,7 @@ import pytest
 
 from attamba.data import MissingPackageError
 from attamba.train import read_metrics, train
-from attamba.train.metrics import MetricsLog
+from attamba.train.metrics import MetricsLog, append_line, read_lines
 
 
 def write(path, *lines):
@@ -26,6 +26,40 @@ def test_reading_names_a_line_that_is_no_record(tmp_path, bad):
     write(tmp_path, line(1), bad, line(3))
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    "bad", ["nonsense\n", '{"seconds": 1}{"seconds": 2}\n', "[1]\n", "\n", "\r\n"]
+)
+def test_lines_of_any_keys_are_read_and_what_is_none_is_named(tmp_path, bad):
+    path = tmp_path / "calls.jsonl"
+    path.write_text('{"seconds": 1}\n{"seconds": 2}\n{"sec')
+    assert read_lines(path) == [{"seconds": 1}, {"seconds": 2}]
+    path.write_bytes(b'{"seconds": 1}\n' + bad.encode() + b'{"seconds": 3}\n')
+    with pytest.raises(
+        ValueError, match=r"calls\.jsonl, line 2 is not .*; mend or delete that line"
+    ):
+        read_lines(path)
+
+
+def test_a_carriage_return_ends_no_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\r{"step": 2}\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1 is not JSON"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("torn", ["", '{"kind": "train", "st', "{", line(9).rstrip()])
+@pytest.mark.parametrize("whole", ["", line(1), line(1) + line(2)])
+def test_a_line_is_never_glued_to_a_torn_one(tmp_path, whole, torn):
+    write(tmp_path, whole, torn)
+    append_line(tmp_path / "metrics.jsonl", {"kind": "train", "step": 3})
+    append_line(tmp_path / "metrics.jsonl", {"kind": "train", "step": 4})
+    assert (tmp_path / "metrics.jsonl").read_text() == whole + line(3) + line(4)
+
+
+def test_the_first_line_makes_the_file(tmp_path):
+    append_line(tmp_path / "metrics.jsonl", {"kind": "train", "step": 1})
+    assert (tmp_path / "metrics.jsonl").read_text() == line(1)
 
 
 def test_lines_after_the_resumed_step_are_cut(tmp_path):

@@ -11,8 +11,9 @@ from attamba.cli import main
 from attamba.config import ConfigError, RunConfig, from_dict
 from attamba.data import DataError, load_tokenizer, pieces, prepare, train_bpe
 from attamba.data.tokenizer import ByteTokenizer
-from attamba.train import read_metrics, sources, train
+from attamba.train import list_checkpoints, read_metrics, sources, train
 from attamba.train.sources import open_sources
+from attamba.train.storage import step_of
 
 
 @pytest.fixture
@@ -184,3 +185,33 @@ def test_a_shard_that_is_cut_while_a_run_stops_is_refused_on_resume(make_config,
         train(config)
     path.write_bytes(data)
     assert len(read_metrics(result.run_dir / "metrics.jsonl")) == len(train(config).metrics)
+
+
+def test_a_shard_that_is_cut_while_training_is_named_and_what_came_before_is_saved(
+    make_config, documents, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pieces, "BATCH", 1)  # a shard per document
+    data, whole = tmp_path / "data", {}
+    prepare(
+        Path(documents[0]).parent / "texts.jsonl", data, load_tokenizer("bytes"), shard_tokens=1
+    )
+    change = {"data.train": str(data), "data.seq_len": 8, "data.batch_size": 1}
+    change |= {"train.save_every": 0, "train.eval_every": 0, "train.steps": 40}
+    config = make_config(change)
+
+    def cut(record):
+        if record["step"] != 3:
+            return
+        for path in data.glob("tokens-*.bin"):
+            whole[path] = path.read_bytes()
+            path.unlink()  # what is mapped already stays as it was
+            path.write_bytes(whole[path][:-2])
+
+    with pytest.raises(DataError, match=r"tokens-\d+-\d+\.bin has \d+ bytes, .* says \d+ bytes"):
+        train(config, on_log=cut)
+    assert len(whole) == 120
+    (saved,) = list_checkpoints(config.out)
+    assert 3 <= step_of(saved) < 40
+    for path, content in whole.items():
+        path.write_bytes(content)
+    assert [r["step"] for r in train(config).metrics if r["kind"] == "train"] == [*range(1, 41)]

@@ -1,8 +1,8 @@
 """Chunk attention in PyTorch on gathered chunk ends plus a band; any device, with gradients.
 
 Queries are taken in blocks. A block sees [the chunk ends before its window | its band of recent
-keys], so scores are never larger than block x (T/P + L + block); the backward pass computes them
-again from the saved log-sum-exp. It is one custom operator, opaque to torch.compile, and so free
+keys], all that it attends to, so scores are never larger than block x (T/P + L + block); the
+backward pass computes them again. It is one custom operator, opaque to torch.compile, and so free
 to ask how many chunk ends there are.
 
 Shapes: B batch, G key/value heads, R query heads per key/value head, D width, W queries of a
@@ -44,26 +44,21 @@ def chunk_attention_torch(
             qh, kh, vh, is_causal=True, scale=scale, enable_gqa=grouped
         ).transpose(1, 2)
     lead = UNBOUNDED if leading_tokens is None else leading_tokens
-    return _forward(q, k, v, ends, doc_ids, lead, scale)[0]
+    return _forward(q, k, v, ends, doc_ids, lead, scale)
 
 
 @torch.library.custom_op("attamba::chunk_attention", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, ends: Tensor, doc_ids: Tensor | None, lead: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Returns out [B, Tq, H, D] and the log-sum-exp of the scores, float32 [B, G, R, Tq]."""
+) -> Tensor:
     heads = _Heads(q, k, v)
     past = _Past(ends, k.shape[1])
     k_past, v_past = past.gather(heads.k), past.gather(heads.v)
-    out, lse = torch.empty_like(heads.q), heads.q.new_empty(heads.q.shape[:4], dtype=torch.float32)
+    out = torch.empty_like(heads.q)
     for block in _blocks(q, past, doc_ids, lead):
-        scores = heads.scores(block, block.keys(heads.k, k_past), scale)
-        top = scores.logsumexp(-1)
-        out[..., block.queries, :] = heads.join(
-            _mm((scores - top[..., None]).exp_(), block.keys(heads.v, v_past))
-        )
-        lse[..., block.queries] = heads.join(top)
-    return out.flatten(1, 2).transpose(1, 2).contiguous(), lse
+        weights = heads.weights(block, block.keys(heads.k, k_past), scale)
+        out[..., block.queries, :] = heads.join(_mm(weights, block.keys(heads.v, v_past)))
+    return out.flatten(1, 2).transpose(1, 2).contiguous()
 
 
 @torch.library.custom_op("attamba::chunk_attention_backward", mutates_args=())
@@ -75,7 +70,6 @@ def _backward(
     ends: Tensor,
     doc_ids: Tensor | None,
     out: Tensor,
-    lse: Tensor,
     lead: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,9 +82,8 @@ def _backward(
     dk_past, dv_past = (torch.zeros_like(t, dtype=torch.float32) for t in (k_past, v_past))
     for block in _blocks(q, past, doc_ids, lead):
         keys, values = block.keys(heads.k, k_past), block.keys(heads.v, v_past)
-        scores = heads.scores(block, keys, scale)
-        top, dy, y = (heads.split(t[..., block.queries, :]) for t in (lse[..., None], d_out, out))
-        weights = (scores - top).exp_()
+        weights = heads.weights(block, keys, scale)
+        dy, y = (heads.split(t[..., block.queries, :]) for t in (d_out, out))
         block.add(dv, dv_past, _mm(weights.transpose(-1, -2), dy))
         slope = _mm(dy, values.transpose(-1, -2))
         slope = slope.sub_((dy.float() * y.float()).sum(-1, keepdim=True)).mul_(weights)
@@ -106,25 +99,22 @@ def _backward(
 
 @_forward.register_fake
 def _(q, k, v, ends, doc_ids, lead, scale):
-    batch, n_queries, n_heads, _ = q.shape
-    groups = k.shape[2]
-    lse = q.new_empty(batch, groups, n_heads // groups, n_queries, dtype=torch.float32)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 @_backward.register_fake
-def _(d_out, q, k, v, ends, doc_ids, out, lse, lead, scale):
+def _(d_out, q, k, v, ends, doc_ids, out, lead, scale):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
 def _save(ctx, inputs, output):
     q, k, v, ends, doc_ids, ctx.lead, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, ends, doc_ids, *output)
+    ctx.save_for_backward(q, k, v, ends, doc_ids, output)
 
 
-def _grad(ctx, d_out, d_lse):
-    q, k, v, ends, doc_ids, out, lse = ctx.saved_tensors
-    dq, dk, dv = _backward(d_out, q, k, v, ends, doc_ids, out, lse, ctx.lead, ctx.scale)
+def _grad(ctx, d_out):
+    q, k, v, ends, doc_ids, out = ctx.saved_tensors
+    dq, dk, dv = _backward(d_out, q, k, v, ends, doc_ids, out, ctx.lead, ctx.scale)
     return dq, dk, dv, None, None, None, None
 
 
@@ -145,12 +135,12 @@ class _Heads:
     def join(self, t: Tensor) -> Tensor:
         return t.unflatten(2, (self.repeats, -1))
 
-    def scores(self, block: _Block, keys: Tensor, scale: float) -> Tensor:
-        """Masked scores, float32 [B, G, R*W, n + w]."""
+    def weights(self, block: _Block, keys: Tensor, scale: float) -> Tensor:
+        """The softmax over all that a block's queries see, float32 [B, G, R*W, n + w]."""
         queries = self.split(self.q[..., block.queries, :])
         scores = _mm(queries, keys.transpose(-1, -2)).mul_(scale)
         self.join(scores).masked_fill_(block.hidden[:, :, None], float("-inf"))
-        return scores
+        return scores.softmax(-1)
 
 
 class _Past:
