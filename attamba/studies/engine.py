@@ -155,7 +155,8 @@ def _found(run: Run, config: RunConfig, place: Place) -> Result | None:
             f"{path} was trained, validated or scored on other texts than those in {place.data}; "
             f"delete it to run anew, or name another folder with --results"
         )
-    if result.run.get("init_weights") != (_given_weights(config) or result.run.get("init_weights")):
+    given, began = _given_weights(config), result.run.get("init_weights")
+    if None not in (given, began) and given != began:
         raise ConfigError(
             f"{path} began with other weights than are in {config.train.init_from} now; delete it "
             f"to run anew, or give the variant another name"
@@ -346,7 +347,7 @@ class _Worker:
                 "config": _portable(to_dict(self.config)),
                 "scores": self.run.scores,
                 "data": self._fingerprints(),
-                "init_weights": _given_weights(self.config),
+                "init_weights": self._init_weights(),
                 "parameters": n_parameters(self.config.model),
                 "costs": costs(self.config, self._tokens()),
             },
@@ -374,6 +375,12 @@ class _Worker:
             if of_the_run and list_checkpoints(config.out):
                 return read_state(find_checkpoint(config.out))["data"]
         return {}
+
+    def _init_weights(self) -> str | None:
+        """Fingerprint of the weights that it began with; None without any but its stages'."""
+        if not begins_elsewhere(self.config) or not list_checkpoints(self.folder):
+            return None
+        return read_state(find_checkpoint(self.folder))["init_weights"]
 
     def _tokens(self) -> torch.Tensor | None:
         """Some real text, int64 [1, n], for policies that look at it; None for a made task."""
