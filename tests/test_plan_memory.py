@@ -154,8 +154,11 @@ def test_selective_checkpointing_keeps_products(name):
     with Alive(model.parameters()) as alive:
         y = model.layers[0](x, make_span(64, x.device), None, None)
     kept = layer_keeps(config.model, config.model.layer_mixers()[0], 4)
-    rotary = 4 * DIM // 4 * 64 if "n_heads" in MIXERS[name] else 0
-    assert alive.now - y.nbytes - rotary == pytest.approx(kept.products * 64, rel=0.01)
+    n_heads = MIXERS[name].get("n_heads", 0)
+    rotary = 4 * DIM // 4 if n_heads else 0
+    sums = 4 * n_heads  # attention's log-sum-exp, which on a CPU is not kept
+    planned = (kept.products - sums + rotary) * 64 + y.nbytes
+    assert alive.now == pytest.approx(planned, rel=0.01)
 
 
 class _Skipped:
