@@ -279,6 +279,12 @@ def test_truncated_shard(prepared):
         TokenDataset.open(prepared)
 
 
+def assert_refused(text, *reads):
+    for read in reads:
+        with pytest.raises(DataError, match=text):
+            read()
+
+
 @pytest.mark.parametrize("change", [-2, -1, -30, 1, 2, 100])
 @pytest.mark.parametrize("shard_tokens", [1, 10_000])
 def test_a_shard_of_another_length_than_when_it_was_opened(corpus, tmp_path, change, shard_tokens):
@@ -291,9 +297,7 @@ def test_a_shard_of_another_length_than_when_it_was_opened(corpus, tmp_path, cha
         rf"out/{path.name} has {max(size + change, 0)} bytes, manifest\.json says {size} bytes "
         rf"\({size // 2} tokens of 2\); restore it or prepare the data anew"
     )
-    for read in (lambda: dataset.tokens(0, 2), lambda: list(dataset.documents())):
-        with pytest.raises(DataError, match=text):
-            read()
+    assert_refused(text, lambda: dataset.tokens(0, 2), lambda: list(dataset.documents()))
 
 
 def test_a_manifest_that_counts_other_tokens_than_it_lists_bytes(prepared):
@@ -315,9 +319,7 @@ def test_documents_that_were_cut_after_they_were_opened(prepared, size):
         rf"documents-00000-000\.npy cannot be read \(.+\): it has {size % full} bytes, "
         rf"manifest\.json says {full} bytes; restore it or prepare the data anew"
     )
-    for read in (lambda: dataset.doc_ids(0, 2), lambda: list(dataset.documents())):
-        with pytest.raises(DataError, match=text):
-            read()
+    assert_refused(text, lambda: dataset.doc_ids(0, 2), lambda: list(dataset.documents()))
 
 
 @pytest.mark.parametrize("name", ["documents-00000-000.npy", "tokenizer/tokenizer_meta.json"])
