@@ -10,7 +10,8 @@ token is read once. A chunk's recurrence is a masked product, as in Mamba-2's "s
 where cum is the running sum of A dt. The head is a loop inside, so that C B^T is made once.
 
 Shapes: T tokens, E inner width, S heads, N state, W = E/S width of a head, Q tokens of a tile;
-NP and WP are N and W filled up to what a matrix product takes. Rows of an array are tokens.
+NP, WP and TP are N, W and the convolution's taps filled up to what a matrix product takes. Rows of
+an array are tokens, but for the backward kernel's tiles.
 """
 
 from __future__ import annotations
@@ -67,13 +68,33 @@ def _ones(flags, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _conv(inputs, weight, weight_ok, row, first, TAPS: tl.constexpr, PRECISION: tl.constexpr):
-    """The convolution of a tile, float32 like inputs [Q, columns]. weight: at the first taps."""
+def _exist(ok, column, width: tl.constexpr, padded: tl.constexpr):
+    """Which elements of a [padded, Q] tile exist."""
+    exists = ok[None, :]
+    if width != padded:
+        exists = exists & (column < width)[:, None]
+    return exists
+
+
+@triton.jit
+def _conv(
+    inputs, weight, weight_ok, row, first,
+    TAPS: tl.constexpr, PRECISION: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """The convolution of a tile, float32. weight: at the columns' first taps.
+
+    inputs and what comes out are [Q, columns] or, TURNED, [columns, Q].
+    """
     out = tl.zeros(inputs.shape, tl.float32)
     for lag in tl.static_range(TAPS):
         w = tl.load(weight + TAPS - 1 - lag, mask=weight_ok, other=0.0).to(tl.float32)
-        shift = _ones(_shift(row, first, lag), inputs.dtype)
-        out += tl.dot(shift, inputs, input_precision=PRECISION) * w[None, :]
+        shift = _shift(row, first, lag)
+        if TURNED:
+            shift = _ones(tl.trans(shift), inputs.dtype)
+            out += tl.dot(inputs, shift, input_precision=PRECISION) * w[:, None]
+        else:
+            shift = _ones(shift, inputs.dtype)
+            out += tl.dot(shift, inputs, input_precision=PRECISION) * w[None, :]
     return out
 
 
@@ -144,8 +165,8 @@ def compress_forward_kernel(
         c_weight = b_weight + 2 * N * TAPS
         b_in = tl.load(b_at, mask=exists, other=0.0)
         c_in = tl.load(b_at + 2 * N, mask=exists, other=0.0)
-        write = _conv(b_in, b_weight, n < N, row, first, TAPS, PRECISION)
-        read = _conv(c_in, c_weight, n < N, row, first, TAPS, PRECISION)
+        write = _conv(b_in, b_weight, n < N, row, first, TAPS, PRECISION, False)
+        read = _conv(c_in, c_weight, n < N, row, first, TAPS, PRECISION, False)
         write = (write * sigmoid(write, PTX)).to(DTYPE)
         read = (read * sigmoid(read, PTX)).to(DTYPE)
         scores = tl.dot(read, tl.trans(write), input_precision=PRECISION)
@@ -161,7 +182,7 @@ def compress_forward_kernel(
             z_in = tl.load(z_at + head * W, mask=exists, other=0.0)
             x_in = tl.load(z_at + 2 * E + head * W, mask=exists, other=0.0)
             weight = conv_weight + (kv * E + head * W + w) * TAPS
-            x = _conv(x_in, weight, w < W, row, first, TAPS, PRECISION)
+            x = _conv(x_in, weight, w < W, row, first, TAPS, PRECISION, False)
             z = tl.dot(own, z_in, input_precision=PRECISION)
             mixing = scores * _reach(_of(head, dts, heads), _of(head, cums, heads), PTX)
             x *= sigmoid(x, PTX)
@@ -182,37 +203,29 @@ def compress_forward_kernel(
 @triton.jit
 def _conv_backward(
     dout, inputs, weight, weight_ok, dweight, row, first,
-    PER_TAP: tl.constexpr, TAPS: tl.constexpr, Q: tl.constexpr, PRECISION: tl.constexpr,
+    PER_TAP: tl.constexpr, TAPS: tl.constexpr, TP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of the convolution's output to that of its inputs.
+    """From the gradient of the convolution's output [columns, Q] to that of its inputs.
 
     Adds the weights' gradient to the program's own sums at dweight [columns].
     """
     low = dout.to(inputs.dtype)
-    own = tl.dot(_ones(_shift(row, first, 0), low.dtype), inputs, input_precision=PRECISION)
+    own = tl.dot(inputs, _ones(_shift(row, first, 0), low.dtype), input_precision=PRECISION)
     grad = tl.zeros(inputs.shape, tl.float32)
-    sums = tl.zeros(inputs.shape, tl.float32)  # row `lag`: the gradient of that lag's weights
+    taps = tl.arange(0, TP)
+    sums = tl.zeros([inputs.shape[0], TP], tl.float32)  # column `lag`: that lag's weights
     for lag in tl.static_range(TAPS):
         w = tl.load(weight + TAPS - 1 - lag, mask=weight_ok, other=0.0).to(tl.float32)
         later = dout
         if lag > 0:
-            shift = _ones(tl.trans(_shift(row, first, lag)), low.dtype)
-            later = tl.dot(shift, low, input_precision=PRECISION)
-        grad += later * w[None, :]
-        # Half of the tokens are added to the other half, so that one product sums two lags.
-        half = tl.sum(tl.reshape(own * later, [2, Q // 2, inputs.shape[1]]), 0)
-        if lag % 2 == 0:
-            even, odd = half, tl.zeros(half.shape, tl.float32)
-        else:
-            odd = half
-        if lag % 2 == 1 or lag == TAPS - 1:
-            pair = tl.reshape(tl.permute(tl.join(even, odd), [2, 0, 1]), inputs.shape)
-            to = lag - lag % 2 + row[None, :] // (Q // 2)  # the row of sums that a token goes to
-            rows = _ones(row[:, None] == to, low.dtype)
-            sums = tl.dot(rows, pair.to(low.dtype), sums, input_precision=PRECISION)
+            shift = _ones(_shift(row, first, lag), low.dtype)
+            later = tl.dot(low, shift, input_precision=PRECISION)
+        grad += later * w[:, None]
+        to = _ones((taps[None, :] == lag) & (row[:, None] >= 0), low.dtype)
+        sums = tl.dot((own * later).to(low.dtype), to, sums, input_precision=PRECISION)
     # One thread alone adds to an element, tile after tile, so the order is always the same.
-    at = dweight[None, :] + (TAPS - 1 - row)[:, None] * PER_TAP
-    tl.atomic_add(at, sums, mask=(row < TAPS)[:, None] & weight_ok[None, :], sem="relaxed")
+    at = dweight[:, None] + (TAPS - 1 - taps)[None, :] * PER_TAP
+    tl.atomic_add(at, sums, mask=(taps < TAPS)[None, :] & weight_ok[:, None], sem="relaxed")
     return grad
 
 
@@ -223,13 +236,16 @@ def compress_backward_kernel(
     seq, span, starts_stride, stride, dstride,
     E: tl.constexpr, S: tl.constexpr, N: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr,
     Q: tl.constexpr, NP: tl.constexpr, WP: tl.constexpr, PRECISION: tl.constexpr,
-    SP: tl.constexpr, PTX: tl.constexpr, STAGES: tl.constexpr,
+    SP: tl.constexpr, TP: tl.constexpr, PTX: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dproj [B*T, width] and each span's share of the parameters' gradients.
 
     sums: float32 [spans, TAPS (2E + 4N) + 3 * 2 * S], zeros; of a span, that of the taps, columns
     as in proj, then those of A, dt_bias and D, of both compressors. stride, dstride: from token to
     token of proj and of dproj.
+
+    Columns are rows here: what a product over tokens takes from another one then lies in the same
+    threads already, and only dmixing, a product over columns, has to move its operands.
     """
     kv = tl.program_id(0)
     y, dy = one_of(kv, y_k, y_v), one_of(kv, dy_k, dy_v)
@@ -258,59 +274,62 @@ def compress_backward_kernel(
         same = (row[None, :] >= first[:, None]) & (row[None, :] <= row[:, None])
         token = batch.to(tl.int64) * seq + begin
         here, dhere = proj + token * stride, dproj + token * dstride
-        at, to = row[:, None] * stride, row[:, None] * dstride
-        half = row[:, None] * E + w[None, :]
+        at, to = row[None, :] * stride, row[None, :] * dstride
+        half = row[None, :] * E + w[:, None]
         y_here, dy_here = y + token * E, dy + token * E
+        steps = (4 * E + 4 * N + kv * S) + heads[None, :]
 
-        w_exists = columns(ok, w, W, WP)
-        along = tl.zeros([Q, WP], tl.float32)
-        for head in tl.static_range(S):  # unrolled, so that all loads are on their way
-            normed = tl.load(y_here + head * W + half, mask=w_exists, other=0.0).to(tl.float32)
-            along += normed * tl.load(dy_here + head * W + half, mask=w_exists, other=0.0)
-        along = tl.sum(along, 1) / E
-        factor = tl.load(rstd + token * 2 + kv + row * 2, mask=ok, other=0.0)
-
-        n_exists = columns(ok, n, N, NP)
-        b_at = at + (4 * E + kv * N) + n[None, :]
-        b_to = to + (4 * E + kv * N) + n[None, :]
+        n_exists = _exist(ok, n, N, NP)
+        b_at = at + (4 * E + kv * N) + n[:, None]
+        b_to = to + (4 * E + kv * N) + n[:, None]
         b_weight = conv_weight + (2 * E + kv * N + n) * TAPS
         c_weight = b_weight + 2 * N * TAPS
         b_in = tl.load(here + b_at, mask=n_exists, other=0.0)
         c_in = tl.load(here + b_at + 2 * N, mask=n_exists, other=0.0)
-        write = _conv(b_in, b_weight, n < N, row, first, TAPS, PRECISION)
-        read = _conv(c_in, c_weight, n < N, row, first, TAPS, PRECISION)
+        raw_at = here + (row[:, None] * stride + steps)
+        raw, dts, cums = head_steps(raw_at, A + kv * S, dt_bias + kv * S, ok, heads, S)
+        factor = tl.load(rstd + token * 2 + kv + row * 2, mask=ok, other=0.0)
+
+        w_exists = _exist(ok, w, W, WP)
+        along = tl.zeros([WP, Q], tl.float32)
+        for head in tl.static_range(S):  # unrolled, so that all loads are on their way
+            normed = tl.load(y_here + head * W + half, mask=w_exists, other=0.0).to(tl.float32)
+            along += normed * tl.load(dy_here + head * W + half, mask=w_exists, other=0.0)
+        along = tl.sum(along, 0) / E
+
+        write = _conv(b_in, b_weight, n < N, row, first, TAPS, PRECISION, True)
+        read = _conv(c_in, c_weight, n < N, row, first, TAPS, PRECISION, True)
         write = (write * sigmoid(write, PTX)).to(DTYPE)
         read = (read * sigmoid(read, PTX)).to(DTYPE)
-        scores = tl.dot(read, tl.trans(write), input_precision=PRECISION)
+        scores = tl.dot(tl.trans(read), write, input_precision=PRECISION)
         scores = tl.where(same, scores, 0.0)
         dscores = tl.zeros([Q, Q], tl.float32)
 
-        steps = (4 * E + 4 * N + kv * S) + heads[None, :]
-        raw, dts, cums = head_steps(here + (at + steps), A + kv * S, dt_bias + kv * S, ok, heads, S)
-        dsteps = tl.zeros([Q, SP], tl.float32)
+        dsteps = tl.zeros([SP, Q], tl.float32)
         dcums = tl.zeros([Q, SP], tl.float32)
-        z_at = at + kv * E + w[None, :]
-        z_to = to + kv * E + w[None, :]
+        z_at = at + kv * E + w[:, None]
+        z_to = to + kv * E + w[:, None]
         for head in tl.range(S, num_stages=STAGES):
             z_in = tl.load(here + head * W + z_at, mask=w_exists, other=0.0)
             x_in = tl.load(here + 2 * E + head * W + z_at, mask=w_exists, other=0.0)
             y_in = tl.load(y_here + head * W + half, mask=w_exists, other=0.0)
             dy_in = tl.load(dy_here + head * W + half, mask=w_exists, other=0.0)
             weight = conv_weight + (kv * E + head * W + w) * TAPS
-            x_conv = _conv(x_in, weight, w < W, row, first, TAPS, PRECISION)
-            z = tl.dot(own, z_in, input_precision=PRECISION)
-            grad = tl.dot(own, dy_in, input_precision=PRECISION)
-            grad -= tl.dot(own, y_in, input_precision=PRECISION) * along[:, None]
-            grad *= factor[:, None]
+            x_conv = _conv(x_in, weight, w < W, row, first, TAPS, PRECISION, True)
+            z = tl.dot(z_in, own, input_precision=PRECISION)
+            grad = tl.dot(dy_in, own, input_precision=PRECISION)
+            grad -= tl.dot(y_in, own, input_precision=PRECISION) * along[None, :]
+            grad *= factor[None, :]
 
             skip = tl.load(D + kv * S + head).to(tl.float32)
             reach = _reach(_of(head, dts, heads), _of(head, cums, heads), PTX)
             mixing = scores * reach
-            low_mixing = mixing.to(DTYPE)
             x_gate = sigmoid(x_conv, PTX)
             x = x_conv * x_gate
             low_x = x.to(DTYPE)
-            scanned = tl.dot(low_mixing, low_x, input_precision=PRECISION) + skip * x
+            # Turned before it is rounded: so Triton sees that each thread holds what it needs.
+            turned = tl.trans(mixing).to(DTYPE)
+            scanned = tl.dot(low_x, turned, input_precision=PRECISION) + skip * x
             z_gate = sigmoid(z, PTX)
             z *= z_gate
             dz = grad * scanned * (z_gate + z * (1.0 - z_gate))
@@ -318,54 +337,56 @@ def compress_backward_kernel(
 
             grad *= z
             low = grad.to(DTYPE)
-            dx = tl.dot(tl.trans(low_mixing), low, input_precision=PRECISION) + skip * grad
-            dmixing = tl.dot(low, tl.trans(low_x), input_precision=PRECISION)
+            dx = tl.dot(low, mixing.to(DTYPE), input_precision=PRECISION) + skip * grad
+            dmixing = tl.dot(tl.trans(low), low_x, input_precision=PRECISION)
             dscores += dmixing * reach
             pulled = dmixing * mixing
-            dstep = tl.sum(pulled, 0)
-            this = heads[None, :] == head
-            dsteps += tl.where(this, dstep[:, None], 0.0)
-            dcums += tl.where(this, (tl.sum(pulled, 1) - dstep)[:, None], 0.0)
+            this = heads == head
+            dsteps += tl.where(this[:, None], tl.sum(pulled, 0)[None, :], 0.0)
+            dcums += tl.where(this[None, :], tl.sum(pulled, 1)[:, None], 0.0)
             skipped = tl.where(row[None, :] == row[:, None], dmixing, 0.0)  # grad_t . x_t
-            dskip += tl.where(heads == head, tl.sum(tl.sum(skipped, 1), 0), 0.0)
+            dskip += tl.where(this, tl.sum(tl.sum(skipped, 1), 0), 0.0)
 
             dx *= x_gate + x * (1.0 - x_gate)
             dx = _conv_backward(
                 dx, x_in, weight, w < W, dweight + kv * E + head * W + w, row, first,
-                PER_TAP, TAPS, Q, PRECISION,
+                PER_TAP, TAPS, TP, PRECISION,
             )  # fmt: skip
             tl.store(dhere + 2 * E + head * W + z_to, dx.to(DTYPE), mask=w_exists)
-
-        # dsteps is the gradient of log dt_s where dt_s stands alone. dt and the sigmoid vanish
-        # together; their ratio does not. log a_t moves all later running sums.
-        slope = sigmoid(raw, PTX)
-        ratio = tl.where(dts > 1e-30, slope / tl.maximum(dts, 1e-30), 1.0)
-        dlog = tl.sum(dcums, 0)[None, :] - tl.cumsum(dcums, 0) + dcums
-        draw = dsteps * ratio + dlog * rate[None, :] * slope
-        tl.store(dhere + (to + steps), draw.to(DTYPE), mask=ok[:, None] & (heads < S)[None, :])
-        drate += tl.sum(dlog * dts, 0)
-        dbias += tl.sum(tl.where(ok[:, None], draw, 0.0), 0)
 
         # Made anew, since registers that are held through the loop cost more.
         b_in = tl.load(here + b_at, mask=n_exists, other=0.0)
         c_in = tl.load(here + b_at + 2 * N, mask=n_exists, other=0.0)
-        write = _conv(b_in, b_weight, n < N, row, first, TAPS, PRECISION)
-        read = _conv(c_in, c_weight, n < N, row, first, TAPS, PRECISION)
+        # dsteps is the gradient of log dt_s where dt_s stands alone. dt and the sigmoid vanish
+        # together; their ratio does not. log a_t moves all later running sums.
+        dsteps = tl.trans(dsteps)
+        dcums -= dsteps
+        slope = sigmoid(raw, PTX)
+        ratio = tl.where(dts > 1e-30, slope / tl.maximum(dts, 1e-30), 1.0)
+        dlog = tl.sum(dcums, 0)[None, :] - tl.cumsum(dcums, 0) + dcums
+        draw = dsteps * ratio + dlog * rate[None, :] * slope
+        raw_to = dhere + (row[:, None] * dstride + steps)
+        tl.store(raw_to, draw.to(DTYPE), mask=ok[:, None] & (heads < S)[None, :])
+        drate += tl.sum(dlog * dts, 0)
+        dbias += tl.sum(tl.where(ok[:, None], draw, 0.0), 0)
+
+        write = _conv(b_in, b_weight, n < N, row, first, TAPS, PRECISION, True)
+        read = _conv(c_in, c_weight, n < N, row, first, TAPS, PRECISION, True)
         b_gate = sigmoid(write, PTX)
         c_gate = sigmoid(read, PTX)
         write *= b_gate
         read *= c_gate
         dscores = tl.where(same, dscores, 0.0).to(DTYPE)
-        dread = tl.dot(dscores, write.to(DTYPE), input_precision=PRECISION)
+        dread = tl.dot(write.to(DTYPE), tl.trans(dscores), input_precision=PRECISION)
         dread = _conv_backward(
             dread * (c_gate + read * (1.0 - c_gate)), c_in, c_weight, n < N,
-            dweight + 2 * E + (2 + kv) * N + n, row, first, PER_TAP, TAPS, Q, PRECISION,
+            dweight + 2 * E + (2 + kv) * N + n, row, first, PER_TAP, TAPS, TP, PRECISION,
         )  # fmt: skip
         tl.store(dhere + b_to + 2 * N, dread.to(DTYPE), mask=n_exists)
-        dwrite = tl.dot(tl.trans(dscores), read.to(DTYPE), input_precision=PRECISION)
+        dwrite = tl.dot(read.to(DTYPE), dscores, input_precision=PRECISION)
         dwrite = _conv_backward(
             dwrite * (b_gate + write * (1.0 - b_gate)), b_in, b_weight, n < N,
-            dweight + 2 * E + kv * N + n, row, first, PER_TAP, TAPS, Q, PRECISION,
+            dweight + 2 * E + kv * N + n, row, first, PER_TAP, TAPS, TP, PRECISION,
         )  # fmt: skip
         tl.store(dhere + b_to, dwrite.to(DTYPE), mask=n_exists)
         begin = end
