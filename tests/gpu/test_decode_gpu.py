@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -282,6 +283,7 @@ def test_generation_captured_is_generation_on_the_cpu():
 
 
 def test_operators_say_what_they_change():
+    importlib.import_module("attamba.ops.chunk_decode.triton")  # where they are registered
     held = Held(2, 2, 16, 5, torch.float32, CUDA)
     held.reserve(300)
     q, k, v = torch.randn(3, 2, 2, 16, device=CUDA).unbind(0)
