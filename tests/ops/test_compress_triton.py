@@ -66,7 +66,9 @@ def test_chunks_longer_than_a_tile_pass_states(longest):
     check(compress_inputs(140, 1, 1), chunk_starts(140, 90), longest=longest)
 
 
-@pytest.mark.parametrize("heads, width, state_dim, taps", [(1, 16, 16, 1), (3, 5, 3, 2)])
+@pytest.mark.parametrize(
+    "heads, width, state_dim, taps", [(1, 16, 16, 1), (3, 5, 3, 2), (2, 8, 8, 9)]
+)
 def test_odd_sizes(heads, width, state_dim, taps):
     inputs = compress_inputs(40, 2, heads, width, state_dim, taps)
     check(inputs, chunk_starts(40, 7), longest=7, state_dim=state_dim)
