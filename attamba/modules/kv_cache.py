@@ -148,7 +148,8 @@ class KVCache(Held):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """What new tokens can see, in order of position: [past | ring | new tokens].
 
-        Returns keys and values [B, Tk, G, D], ends [B, g, Tk] and document ids [B, Tk] or None.
+        Returns keys and values [B, Tk, G, D], ends [B, g, Tk] or None for nowhere, and document ids
+        [B, Tk] or None.
         A row with a shorter ring, or with padding, has nothing (document -1) at its left.
         """
         assert span.offsets is not None
@@ -158,10 +159,6 @@ class KVCache(Held):
         n_ring, n_past = int(ring_used.max()), self.past_range()[1]
         if n_ring == 0:
             return k, v, ends, span.doc_ids
-        if ends is None:
-            ends = torch.zeros(1, 1, seq, dtype=torch.bool, device=k.device)
-        g = self.heads if self.per_head else 1
-        ends = ends.expand(batch, g, -1)
         lengths = offsets + span.n_new
         column = torch.arange(n_ring + seq, device=k.device)
         position = lengths[:, None] - (n_ring + seq) + column
@@ -181,13 +178,15 @@ class KVCache(Held):
             past = held[:, :, self.window or held.shape[2] :].transpose(1, 2)
             return torch.cat([past, recent], 1)
 
-        recent_ends = torch.where(
-            is_new[:, None], ends.gather(2, token[:, None].expand(-1, g, -1)), False
-        )
-        if self.window is not None:
-            ring_ends = self.ring_ends[:, :g].gather(2, slot[:, None].expand(-1, g, -1))
-            recent_ends = recent_ends | (ring_ends & held[:, None])
-        past_ends = torch.arange(n_past, device=k.device) < self.n_past[:, :g, None]
+        if ends is not None:
+            g = self.heads if self.per_head else 1
+            index = token[:, None].expand(-1, g, -1)
+            recent_ends = ends.expand(batch, g, -1).gather(2, index) & is_new[:, None]
+            if self.window is not None:
+                ring_ends = self.ring_ends[:, :g].gather(2, slot[:, None].expand(-1, g, -1))
+                recent_ends = recent_ends | (ring_ends & held[:, None])
+            past_ends = torch.arange(n_past, device=k.device) < self.n_past[:, :g, None]
+            ends = torch.cat([past_ends, recent_ends], 2)
         doc_ids = None
         if span.mask is not None or int(ring_used.min()) != n_ring:
             # What lies left of a full ring is out of the window's reach; a partial ring has no
@@ -196,10 +195,9 @@ class KVCache(Held):
             if self.window is not None:
                 nothing = nothing & (ring_used < self.window)[:, None]
             doc_ids = F.pad(nothing.long().neg(), (n_past, 0))
-        all_ends = torch.cat([past_ends, recent_ends], 2)
         entries = n_ring if self.window is None else self.window + n_past
         held_k, held_v = self.blocks.joined(entries)
-        return merge(held_k, k), merge(held_v, v), all_ends, doc_ids
+        return merge(held_k, k), merge(held_v, v), ends, doc_ids
 
 
 def attend_token(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from itertools import product
 
 import pytest
@@ -87,9 +88,10 @@ def test_the_queries_are_the_last_positions(n_queries, n_keys, lead):
 def test_blocks_of_any_size(size, monkeypatch):
     """Devices take queries in blocks of their own size; no result depends on it."""
     monkeypatch.setitem(BLOCK, "cpu", size)
-    for packed in (False, True):
+    monkeypatch.setattr(import_module("attamba.ops.chunk_attention.torch"), "MASKED", size)
+    for lead, packed in product((4, None), (False, True)):
         doc_ids = _documents(60) if packed else None
-        _check(_qkv(50, 60), _ends("[B, G, T]", 60), 4, doc_ids)
+        _check(_qkv(50, 60), _ends("[B, G, T]", 60), lead, doc_ids)
 
 
 @pytest.mark.parametrize("heads, groups", [(1, 1), (4, 4), (4, 1), (6, 3)])

@@ -11,6 +11,7 @@ block, M chunk ends, n those of them that a block sees, w keys of its band.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,6 +23,9 @@ from attamba.ops.chunking import document_starts
 
 BLOCK = {"cpu": 128, "cuda": 512}
 """Queries of a block: a CPU wants scores that stay in its cache, a GPU few and large launches."""
+
+MASKED = 1024
+"""Queries that plain attention takes at once where it needs a mask."""
 
 UNBOUNDED = -1  # leading_tokens=None inside the operator, which takes plain integers
 
@@ -37,14 +41,29 @@ def chunk_attention_torch(
 ) -> Tensor:
     """See chunk_attention; ends is [B or 1, G or 1, Tk]."""
     k, v = k.to(q.dtype), v.to(q.dtype)
-    if leading_tokens is None and doc_ids is None and q.shape[1] == k.shape[1]:
+    if leading_tokens is None and doc_ids is None:
         qh, kh, vh = (t.transpose(1, 2) for t in (q, k, v))
-        grouped = q.shape[2] != k.shape[2]
-        return F.scaled_dot_product_attention(
-            qh, kh, vh, is_causal=True, scale=scale, enable_gqa=grouped
-        ).transpose(1, 2)
+        return _causal(qh, kh, vh, scale).transpose(1, 2)
     lead = UNBOUNDED if leading_tokens is None else leading_tokens
     return _forward(q, k, v, ends, doc_ids, lead, scale)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """All earlier keys, by PyTorch's own attention; heads before tokens.
+
+    The library has no kernel for queries at the end of more keys that takes no mask.
+    """
+    grouped = q.shape[1] != k.shape[1]
+    attend = functools.partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=grouped)
+    seen = k.shape[2] - q.shape[2]
+    if seen == 0:
+        return attend(q, k, v, is_causal=True)
+    outputs = []
+    for block in q.split(MASKED, 2):
+        earlier, seen = seen, seen + block.shape[2]
+        mask = q.new_ones(block.shape[2], seen, dtype=torch.bool).tril(earlier)
+        outputs.append(attend(block, k[:, :, :seen], v[:, :, :seen], attn_mask=mask))
+    return torch.cat(outputs, 2)
 
 
 @torch.library.custom_op("attamba::chunk_attention", mutates_args=())
