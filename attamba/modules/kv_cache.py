@@ -149,8 +149,8 @@ class KVCache(Held):
         """What new tokens can see, in order of position: [past | ring | new tokens].
 
         Returns keys and values [B, Tk, G, D], ends [B, g, Tk] or None for nowhere, and document ids
-        [B, Tk] or None.
-        A row with a shorter ring, or with padding, has nothing (document -1) at its left.
+        [B, Tk] or None. A row with a shorter ring, or with padding, has nothing (document -1) at
+        its left.
         """
         assert span.offsets is not None
         batch, seq = k.shape[:2]

@@ -143,7 +143,8 @@ def compress_backward(
         proj, *(t.contiguous() for t in (conv_weight, A, dt_bias, D)), starts,
         *(t.contiguous() for t in (y_k, y_v, rstd, dy_k, dy_v)), dproj, sums,
         plan.seq, span, starts_stride, proj.stride(1), dproj.stride(1),
-        **plan.constants(), **plan.options(BACKWARD), TP=max(8, triton.next_power_of_2(plan.taps)),
+        **plan.constants(), **plan.options(BACKWARD),
+        TP=max(8, triton.next_power_of_2(plan.taps)),  # columns that a product has at least
     )  # fmt: skip
     dweight, dscalars = sums.sum(0).split(numbers)
     dconv = dweight.view(plan.taps, -1).t().contiguous()
