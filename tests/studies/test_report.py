@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from pages import rows_of
 
 from attamba.cli import main
 from attamba.config import ConfigError
@@ -44,23 +45,6 @@ NUMBERS = {
         "r": {"perplexity": 40.0, "tokens": 1_000_000},
     },
 }
-
-
-def _tables(page: str, title: str) -> list[dict[str, list[str]]]:
-    """The tables after a heading, each by first cell."""
-    section = page.split(f"## {title}\n")[1].split("\n## ")[0]
-    tables = [part for part in section.split("\n\n") if part.startswith("| ")]
-    found = []
-    for table in tables:
-        lines = [line for line in table.splitlines() if line.startswith("| ")]
-        cells = [[cell.strip() for cell in line.strip("| ").split(" |")] for line in lines]
-        found.append({row[0]: row for row in cells})
-    return found
-
-
-def _rows(page: str, title: str) -> dict[str, list[str]]:
-    """The first of them."""
-    return _tables(page, title)[0]
 
 
 THREE = {
@@ -116,7 +100,7 @@ def test_what_is_level_looks_level(done, place, tmp_path, monkeypatch):
 def test_a_report_holds_the_results_numbers(done, place, tmp_path):
     written = write_report("main", tmp_path / "recipes", place.results, tmp_path / "report")
     page = written[0].read_text(encoding="utf-8")
-    rows = _rows(page, "little")
+    rows = rows_of(page, "little")
     results = {r.path.stem: r for r in map(read_result, (place.results / "little").iterdir())}
     seeds = [results[f"chunks-s{i}"].scores["books"]["perplexity"] for i in (0, 1)]
     mean, half = sum(seeds) / 2, abs(seeds[0] - seeds[1]) / 2
@@ -193,7 +177,7 @@ def test_variants_are_compared_with_what_the_recipe_names(done, make_study, plac
     make_study("pairs", **common, against={"full": "chunks", "chunks": "late"})
     page = write_report("main", tmp_path / "recipes", place.results, tmp_path / "report")[0]
     text = page.read_text(encoding="utf-8")
-    one, pairs, glance = (_rows(text, title) for title in ("one", "pairs", "At a glance"))
+    one, pairs, glance = (rows_of(text, title) for title in ("one", "pairs", "At a glance"))
     at = one["model"].index("to chunks")
     assert one["full"][at] == difference and not one["chunks"][at]
     assert pairs["full"][pairs["model"].index("difference")] == f"{difference} to chunks"
@@ -208,9 +192,9 @@ def test_a_report_shows_what_another_study_has_run(done, make_study, place, tmp_
     make_study("other", variants=variants, scores=done.scores, paper={})
     page = write_report("main", tmp_path / "recipes", place.results, tmp_path / "report")[0]
     text = page.read_text(encoding="utf-8")
-    rows = _rows(text, "other")
+    rows = rows_of(text, "other")
     up_to_perplexity = slice(1, 6)  # after it comes what depends on the other variants
-    assert rows["same"][up_to_perplexity] == _rows(text, "little")["chunks"][up_to_perplexity]
+    assert rows["same"][up_to_perplexity] == rows_of(text, "little")["chunks"][up_to_perplexity]
     assert rows["new"][1:3] == ["0 of 2", "not run"]
     assert "in other studies: same is little/chunks-s0, same is little/chunks-s1." in text
 
@@ -337,7 +321,7 @@ def test_every_shipped_group_reports_from_nothing(group, tmp_path):
     studies = [load_study(path) for path in find_recipes(FOLDER).values()]
     for study in studies:
         if group in study.groups:
-            rows = _rows(page, study.name)
+            rows = rows_of(page, study.name)
             assert set(study.variants) <= set(rows)
             for variant in study.variants:
                 assert "not run" in rows[variant]
@@ -371,7 +355,7 @@ def test_a_shipped_study_end_to_end_at_tiny_scale(tmp_path, capsys):
     report = ["study", "report", "memory", "--scale", "tiny", "--recipes", str(FOLDER)]
     assert main([*report, *folders, "--out", str(tmp_path / "report")]) == 0
     page = (tmp_path / "report" / "memory.md").read_text(encoding="utf-8")
-    rows = _rows(page, "recall")
+    rows = rows_of(page, "recall")
     assert rows["heads-P8"][3].endswith("%") and rows["chunk-P4"][3] == "not run"
     assert "say nothing about the models" in page
     assert (tmp_path / "report" / "memory-recall-recall.svg").exists()
@@ -380,31 +364,3 @@ def test_a_shipped_study_end_to_end_at_tiny_scale(tmp_path, capsys):
 def test_columns_that_are_empty_are_left_out():
     table = markdown((["a", "b", "c"], [["1", "", "x"], ["2", "", ""]]))
     assert table.splitlines() == ["| a | c |", "| --- | --: |", "| 1 | x |", "| 2 |  |"]
-
-
-@pytest.mark.parametrize(
-    ("section", "study", "n_runs"),
-    [("The story in two minutes", "main", 13), ("Copying", "eighth", 8)],
-)
-def test_the_readme_shows_the_report_as_it_is(section, study, n_runs):
-    """Its tables are the report's, runs that are missing and some columns left out."""
-    folder = Path(__file__).parents[2] / "studies"
-    report = _tables((folder / "report" / "main.md").read_text(encoding="utf-8"), study)
-    shown = _tables((folder / "README.md").read_text(encoding="utf-8"), section)[0]
-    done = {name for name, cells in report[0].items() if not cells[1].startswith("0 of")}
-    assert set(shown) == done and len(shown) == n_runs + len({"model", "---"})
-    for i, column in enumerate(shown["model"]):
-        table = next(table for table in report if column in table["model"])
-        at = table["model"].index(column)
-        assert [shown[name][i] for name in shown] == [table[name][at] for name in shown]
-
-
-def test_the_readme_shows_single_changes_as_they_are():
-    """Every variant with a result, of the studies it names, row by row as in the report."""
-    folder = Path(__file__).parents[2] / "studies"
-    report = _rows((folder / "report" / "ablations.md").read_text(encoding="utf-8"), "At a glance")
-    shown = _rows((folder / "README.md").read_text(encoding="utf-8"), "One thing at a time")
-    studies = {name.split("/")[0] for name in shown if "/" in name}
-    assert {"boundaries", "compressors", "scopes"} <= studies
-    wanted = {name for name in report if name.split("/")[0] in studies}
-    assert shown == {name: report[name] for name in ("model", "---", *wanted)}
