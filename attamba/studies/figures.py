@@ -17,11 +17,14 @@ from attamba.studies.tables import (
     above,
     above_at_position,
     at_position,
-    at_setting,
-    dial_of,
     paper_above,
     percent,
     position_edges,
+)
+from attamba.studies.task_tables import (
+    at_setting,
+    dial_of,
+    setting_key,
     settings_of,
 )
 
@@ -127,8 +130,9 @@ def dial(told: Told, path: Path, *, score: str) -> None:
         _finish(ax, f"{asked.key} at test time", "perplexity per token")
 
 
-def memory(told: Told, path: Path, *, score: str, key: str) -> None:
+def memory(told: Told, path: Path, *, score: str) -> None:
     """Share found against gap or length."""
+    key = setting_key(told, score)
     settings = settings_of(told, score, key)
     with _figure(path) as ax:
         for row, looks in zip(told.rows, _looks(told.rows)):
@@ -138,7 +142,7 @@ def memory(told: Told, path: Path, *, score: str, key: str) -> None:
         found = [r.scores[score] for row in told.rows for r in row.results if score in r.scores]
         chance = [result["chance"] for result in found]
         if chance:
-            ax.axhline(100 * chance[0], color=plots.FAINT, lw=1, ls=":", label="chance")
+            ax.axhline(100 * chance[0], color=plots.FAINT, lw=1, ls=":", label="at random")
         ax.set_xticks(range(len(settings)), [f"{value:,}" for value in settings])
         what = "blanks between pairs and questions" if key == "gap" else "length (bytes)"
         _finish(ax, what, f"{score}: share found (%)")

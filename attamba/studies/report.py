@@ -14,14 +14,17 @@ from attamba.studies.results import Shelf
 from attamba.studies.tables import (
     Table,
     Told,
-    copy_table,
-    dial_table,
     glance_table,
     made_with,
-    memory_table,
     position_table,
     quality_table,
     tell,
+)
+from attamba.studies.task_tables import (
+    copy_table,
+    dial_table,
+    memory_table,
+    place_table,
 )
 
 TITLES = {
@@ -38,6 +41,10 @@ ABOVE = (
     "Differences are to the model that a variant is compared with, over the seeds that both have; "
     "perplexities are means over all. Studies may score other parts of a text: compare within one."
 )
+PLACES = {
+    "recall": "by the tokens from the question back to the pair, at all gaps",
+    "passkey": "by where the key stood in the longest rows",
+}
 TINY_IS_NO_RESULT = (
     "Tiny scale: a few steps on a little text, to try that everything runs. These figures say "
     "nothing about the models."
@@ -93,6 +100,10 @@ def _section(told: Told, out: Path, stem: str, written: list[Path]) -> Iterator[
     for name in told.scores("recall") + told.scores("passkey"):
         yield f"**{name}**, share found"
         yield markdown(memory_table(told, name))
+        places = place_table(told, name)
+        if places[1]:
+            yield f"**{name}**, share found, {PLACES[study.scores[name]['kind']]}"
+            yield markdown(places)
     for name in told.scores("dial"):
         yield f"**{name}**, perplexity per token of one checkpoint at other settings"
         yield markdown(dial_table(told, name))
@@ -128,10 +139,8 @@ def _plots(told: Told) -> Iterator[tuple[str, Draw]]:
         yield name, partial(figures.dial, score=name)
     for name in told.scores("copy"):
         yield name, partial(figures.copying, score=name)
-    for name in told.scores("recall"):
-        yield name, partial(figures.memory, score=name, key="gap")
-    for name in told.scores("passkey"):
-        yield name, partial(figures.memory, score=name, key="length")
+    for name in told.scores("recall") + told.scores("passkey"):
+        yield name, partial(figures.memory, score=name)
     if sum(bool(row.paper) for row in done) > 1:
         yield "paper", partial(figures.beside_paper, score=texts[0])
 

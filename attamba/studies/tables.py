@@ -1,9 +1,9 @@
-"""Tables of a study, from its recipe, its result files and the paper's numbers; nothing else."""
+"""What is known of a study, from its recipe, its result files and the paper's numbers and nothing
+else, and the tables of its scores on text; task_tables has those of other scores."""
 
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,6 @@ from attamba.config import ConfigError
 from attamba.display import format_bytes
 from attamba.studies.recipe import Scale, Study
 from attamba.studies.results import Result, Shelf
-from attamba.studies.scores import DialScore, make_score
 
 MISSING = "not run"
 PAPER_NUMBERS = Path("paper/numbers.json")
@@ -192,18 +191,15 @@ def _quality_row(told: Told, row: Row, texts: list[str], with_paper: bool) -> li
     reference = told.reference(row)
     than = "" if reference is None or told.common_reference else f" to {reference.variant}"
     cells = [row.variant, f"{len(row.results)} of {row.n_seeds}"]
-    if row.first is None:
-        cells += [MISSING, "", "", ""]
-    else:
-        tokens, parameters = row.first.end["tokens"], row.first.run["parameters"]
-        cells += [_millions(tokens), _millions(parameters), *_cost_cells(row)]
+    cells += budget_cells(row) if row.first else [MISSING, ""]
+    cells += _cost_cells(row) if row.first else ["", ""]
     for name in texts:
         cells += [_score(row, name, "perplexity", 2), _difference(row, reference, name, than)]
         cells.append(_score(row, name, "bits_per_byte", 4))
         if name == "wikitext2":
             word = row.mean(name, "word_perplexity")
             cells.append("" if word is None else f"{word:.4g}")
-    cells += _speed_cells(row)
+    cells += speed_cells(row)
     if with_paper:
         cells += _paper_cells(row.paper, {} if reference is None else reference.paper, than)
     return cells
@@ -231,7 +227,15 @@ def _cost_cells(row: Row) -> list[str]:
     return [format_bytes(cache), f"{entries:.1f}" if entries else "none"]
 
 
-def _speed_cells(row: Row) -> list[str]:
+def budget_cells(row: Row) -> list[str]:
+    """Tokens that were trained on, and parameters; empty without a result."""
+    if row.first is None:
+        return ["", ""]
+    return [_millions(row.first.end["tokens"]), _millions(row.first.run["parameters"])]
+
+
+def speed_cells(row: Row) -> list[str]:
+    """The highest rate of training and of memory, of any seed; empty where none is known."""
     if row.first is None:
         return ["", ""]
     rates = [r.tokens_per_second for r in row.results if r.tokens_per_second is not None]
@@ -295,10 +299,10 @@ def _score(row: Row, score: str, figure: str, digits: int) -> str:
     text = f"{statistics.fmean(values):.{digits}f}" if values else ""
     if len(values) > 1:
         text += f" ± {(max(values) - min(values)) / 2:.{digits}f}"
-    return _with_diverged(row, text)
+    return with_diverged(row, text)
 
 
-def _with_diverged(row: Row, text: str) -> str:
+def with_diverged(row: Row, text: str) -> str:
     """A figure of the runs that have one (empty: none), and how many others diverged."""
     diverged = sum("diverged" in result.end for result in row.results)
     if not diverged:
@@ -322,7 +326,7 @@ def position_table(told: Told, score: str) -> Table:
     """Nats per token by position in the document, a row per bucket."""
     head = ["position", *(row.variant for row in told.rows)]
     body = [
-        [f"{a:,} to {b - 1:,}", *(_digits(row, at_position(row, score, a), 4) for row in told.rows)]
+        [f"{a:,} to {b - 1:,}", *(digits(row, at_position(row, score, a), 4) for row in told.rows)]
         for a, b in position_edges(told, score)
     ]
     return head, body
@@ -350,96 +354,12 @@ def _nats_by_seed(row: Row, score: str, start: int) -> dict[int, float]:
     }
 
 
-def dial_table(told: Told, score: str) -> Table:
-    """Perplexity at each test-time setting, a column per variant."""
-    asked = dial_of(told, score)
-    head = [asked.key, *(row.variant for row in told.rows)]
-    body = []
-    for value in asked.values:
-        found = [(row, at_setting(row, score, "value", value, "perplexity")) for row in told.rows]
-        body.append([str(value), *(_digits(row, perplexity, 2) for row, perplexity in found)])
-    return head, body
-
-
-def dial_of(told: Told, score: str) -> DialScore:
-    """What a dial score of the study turns."""
-    asked = make_score(told.study.scores[score], score)
-    assert isinstance(asked, DialScore)
-    return asked
-
-
-def memory_table(told: Told, score: str) -> Table:
-    """Share of values or pass keys found, a row per variant, a column per gap or length."""
-    key = "gap" if told.study.scores[score]["kind"] == "recall" else "length"
-    settings = settings_of(told, score, key)
-    head = ["model", "runs", "cache", *(f"{key} {value:,}" for value in settings)]
-    body = []
-    for row in told.rows:
-        shares = [at_setting(row, score, key, value, "accuracy") for value in settings]
-        texts = ["" if share is None else f"{100 * share:.1f}%" for share in shares]
-        cells = [_with_diverged(row, text) for text in texts]
-        cells = cells if row.results else [MISSING, *[""] * (len(settings) - 1)]
-        body.append([*_begin(row), *cells])
-    return head, body
-
-
-def copy_table(told: Told, score: str) -> Table:
-    """Nats per token of passages: read first (the mean over the gaps), and again after each gap."""
-    gaps = settings_of(told, score, "gap")
-    head = ["model", "runs", "cache", "first", *(f"gap {gap:,}" for gap in gaps)]
-    body = []
-    for row in told.rows:
-        first = [at_setting(row, score, "gap", gap, "first") for gap in gaps]
-        known = [nats for nats in first if nats is not None]
-        again = [at_setting(row, score, "gap", gap, "again") for gap in gaps]
-        shown = (statistics.fmean(known) if known else None, *again)
-        cells = [_digits(row, nats, 3) for nats in shown]
-        body.append([*_begin(row), *(cells if row.results else [MISSING, *[""] * len(gaps)])])
-    return head, body
-
-
-def _begin(row: Row) -> list[str]:
-    cache = "" if row.cache_bytes is None else format_bytes(row.cache_bytes)
-    return [row.variant, f"{len(row.results)} of {row.n_seeds}", cache]
-
-
-def settings_of(told: Told, score: str, key: str) -> list[int]:
-    """The gaps or lengths that results were measured at; those asked for where there is none."""
-    found = {
-        setting[key]
-        for row in told.rows
-        for result in row.results
-        for setting in result.scores.get(score, {}).get("settings", [])
-    }
-    if found:
-        return sorted(found)
-    asked = make_score(told.study.scores[score], score)
-    return sorted(getattr(asked, f"{key}s"))
-
-
-def at_setting(row: Row, score: str, key: str, value: Any, figure: str) -> float | None:
-    """Mean over the seeds of a figure at one setting (the model's own P where several were)."""
-    values = [
-        setting[figure]
-        for result in row.results
-        for part in ("settings", "rows")
-        for setting in result.scores.get(score, {}).get(part, [])
-        if setting[key] == value and setting.get("chunk_size") in (None, _chunk_size(result))
-    ]
-    values = [v for v in values if v is not None and math.isfinite(v)]
-    return statistics.fmean(values) if values else None
-
-
-def _chunk_size(result: Result) -> int | None:
-    """P of the first mixer that has one."""
-    mixer = result.run["config"]["model"]["mixer"]
-    mixers = mixer if isinstance(mixer, list) else [mixer]
-    return next((m["chunk_size"] for m in mixers if "chunk_size" in m), None)
-
-
-def _digits(row: Row, value: float | None, digits: int) -> str:
-    return _with_diverged(row, "" if value is None else f"{value:.{digits}f}")
+def digits(row: Row, value: float | None, n: int) -> str:
+    """A figure to n digits; see with_diverged."""
+    return with_diverged(row, "" if value is None else f"{value:.{n}f}")
 
 
 def _millions(n: float) -> str:
-    return f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.1f}M" if n >= 1e5 else f"{n:,.0f}"
+    if n >= 1e9:
+        return f"{n / 1e9:.2f}B"
+    return f"{n / 1e6:.{1 if n >= 1e7 else 2}f}M" if n >= 1e5 else f"{n:,.0f}"

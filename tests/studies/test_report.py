@@ -19,13 +19,16 @@ from attamba.studies.tables import (
     Row,
     Told,
     above_at_position,
+    position_table,
+    quality_table,
+    tell,
+)
+from attamba.studies.task_tables import (
     at_setting,
     copy_table,
     dial_table,
     memory_table,
-    position_table,
-    quality_table,
-    tell,
+    place_table,
 )
 
 FOLDER = Path(__file__).parents[2] / "studies"
@@ -228,7 +231,7 @@ FOUND = {
 @pytest.mark.parametrize(
     ("table", "name", "spec", "n_before", "cells"),
     [
-        (memory_table, "recall", {"kind": "recall", "gaps": [0, 8]}, 3, ["50.0%", "50.0%"]),
+        (memory_table, "recall", {"kind": "recall", "gaps": [0, 8]}, 5, ["50.0%", "50.0%"]),
         (copy_table, "recall", {"kind": "copy", "gaps": [0, 8]}, 3, ["1.000", "2.000", "2.000"]),
         (dial_table, "dial", {"kind": "dial", "values": [2, 4]}, 0, ["3.00", "3.00"]),
         (position_table, "books", {"kind": "text"}, 0, ["1.5000"]),
@@ -245,7 +248,7 @@ def test_tables_say_what_diverged(make_study, table, name, spec, n_before, cells
     ]
     body = table(Told(make_study(scores={name: spec}), rows, ""), name)[1]
     if n_before:  # a row per variant
-        found = {row[0]: row[n_before:] for row in body}
+        found = {row[0]: row[n_before : n_before + len(cells)] for row in body}
     else:  # a column per variant
         columns = list(zip(*body))[1:]
         found = {row.variant: list(column) for row, column in zip(rows, columns)}
@@ -253,6 +256,31 @@ def test_tables_say_what_diverged(make_study, table, name, spec, n_before, cells
     assert found["half"] == [f"{cell} (1 diverged)" for cell in cells]
     assert found["none"] == ["diverged"] * len(cells)
     assert "diverged" not in " ".join(found["late"])
+
+
+def test_places_are_pooled_over_gaps_and_seeds(make_study):
+    """By counts, not by the mean of shares; of pass keys the longest rows alone."""
+
+    def at(key, value, part, *buckets):
+        names = ("start" if part == "by_distance" else "depth", "n", "accuracy")
+        return {key: value, part: [dict(zip(names, bucket)) for bucket in buckets]}
+
+    near = at("gap", 0, "by_distance", (4, 1, 1.0), (8, 3, 0.0))
+    far = at("gap", 8, "by_distance", (8, 1, 1.0))
+    keys = [
+        at("length", 64, "by_depth", (0, 5, 0.0)),
+        at("length", 99, "by_depth", (0, 2, 0.5), (4, 1, 1.0)),
+    ]
+    scores = {"recall": {"settings": [near, far]}, "passkey": {"settings": keys}}
+    specs = {"recall": {"kind": "recall"}, "passkey": {"kind": "passkey"}}
+    rows = [Row("a", [_ended(0, False, scores), _ended(1, False, scores)], 2), Row("b", [], 2)]
+    told = Told(make_study(scores=specs), rows, "")
+    assert place_table(told, "recall") == (
+        ["model", "4 to 7", "8 to 15"],
+        [["a", "100.0%", "25.0%"]],
+    )
+    head = ["model", "first fifth", "last fifth"]
+    assert place_table(told, "passkey") == (head, [["a", "50.0%", "100.0%"]])
 
 
 def test_position_is_compared_over_the_seeds_that_both_have():
@@ -328,6 +356,16 @@ def test_every_shipped_group_reports_from_nothing(group, tmp_path):
     assert len(written) == 1  # no plot
 
 
+@pytest.mark.parametrize("group", GROUPS)
+def test_shipped_reports_are_those_of_the_shipped_results(group, tmp_path):
+    """Rebuilt, each page is the one that is shipped, and so are the names of its plots."""
+    shipped = FOLDER / "report"
+    written = write_report(group, FOLDER, FOLDER / "results", tmp_path)
+    page = written[0]
+    assert page.read_text(encoding="utf-8") == (shipped / page.name).read_text(encoding="utf-8")
+    assert {path.name for path in written[1:]} == {p.name for p in shipped.glob(f"{group}-*.svg")}
+
+
 def test_every_number_of_the_paper_is_named_by_a_recipe():
     numbers = json.loads((FOLDER / "paper" / "numbers.json").read_text())["runs"]
     named = {
@@ -356,7 +394,7 @@ def test_a_shipped_study_end_to_end_at_tiny_scale(tmp_path, capsys):
     assert main([*report, *folders, "--out", str(tmp_path / "report")]) == 0
     page = (tmp_path / "report" / "memory.md").read_text(encoding="utf-8")
     rows = rows_of(page, "recall")
-    assert rows["heads-P8"][3].endswith("%") and rows["chunk-P4"][3] == "not run"
+    assert rows["heads-P8"][5].endswith("%") and rows["chunk-P4"][5] == "not run"
     assert "say nothing about the models" in page
     assert (tmp_path / "report" / "memory-recall-recall.svg").exists()
 
