@@ -2,6 +2,7 @@
 
 A recipe is a YAML file, or the same tree as JSON for machines without pyyaml:
 
+    name:      what the study is called; that of the file where nothing is said
     question:  what the study asks, in a sentence
     report:    the tables it belongs to: paper, main, ablations, memory
     base:      a configuration file, relative to the recipe (or the tree itself)

@@ -152,7 +152,7 @@ class DialScore:
         from attamba.dial import sweep
 
         if not self._concerns(subject.model.config):
-            return {"key": self.key, "rows": []}
+            return {"field": self.key, "rows": []}
         rows = sweep(
             subject.model,
             subject.tokenizer,

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from attamba.config import AttambaMixer, ConfigError, ModelConfig, TransformerMixer
 from attamba.display import columns, format_bytes
 from attamba.models.accounting import cache_bytes, flops_per_token, n_parameters
+from attamba.ops.chunking import policy_named
 from attamba.studies.costs import ITEMSIZE
 
 MATCHES = ("kv", "flops", "params")
@@ -65,12 +66,20 @@ def solve(config: ModelConfig, match: str, seq_len: int) -> list[Rival]:
 
     config: all of its layers are one attamba mixer. match: kv, flops or params. seq_len: T.
 
-    Raises ConfigError for a config of other mixers.
+    Raises ConfigError for a config of other mixers, and for chunk ends that a text or scores
+    decide: what those cost is not known beforehand.
     """
     mixer = config.mixer
     if not isinstance(mixer, AttambaMixer):
         kind = "a list of mixers" if isinstance(mixer, list) else mixer.type
         raise ConfigError(f"solve needs a config whose mixer is of type attamba; this has {kind}")
+    policy = policy_named(mixer.policy)
+    if policy.needs_tokens or not policy.causal:
+        raise ConfigError(
+            f"mixer.boundary={policy.name} places chunk ends by what is read, so that their cost "
+            f"is not known beforehand; solve with mixer.boundary=uniform and mixer.chunk_size set "
+            f"to their mean length"
+        )
     target = COSTS[match](config, seq_len)
     head_dim = mixer.head_dim or config.dim // mixer.n_heads
     base = TransformerMixer(n_heads=mixer.n_heads, head_dim=head_dim)
@@ -89,7 +98,8 @@ def solve(config: ModelConfig, match: str, seq_len: int) -> list[Rival]:
 
 
 def paper_width(config: ModelConfig, match: str) -> int | None:
-    """Attention width by the paper's iso-setter, as a multiple of 8; None for params.
+    """Attention width by the paper's iso-setter, as a multiple of 8; None for params, and for fewer
+    key/value heads than heads, which it does not know.
 
     Its equations (iso_study/iso_setter.py of the paper's code), with E for d, D for N, L = 4096:
         kv:     F = E / P + D / L
@@ -97,6 +107,8 @@ def paper_width(config: ModelConfig, match: str) -> int | None:
     """
     mixer = config.mixer
     assert isinstance(mixer, AttambaMixer)
+    if mixer.n_kv_heads not in (None, mixer.n_heads):
+        return None
     E, D, L, P = config.dim, mixer.state_dim, PAPER_LENGTH, mixer.chunk_size
     if match == "kv":
         width = E / P + D / L
@@ -154,23 +166,23 @@ def _nearest(
 
 def table(config: ModelConfig, seq_len: int, matches: tuple[str, ...] = MATCHES) -> str:
     """The rivals as text: what each is, what it costs, and keys for a configuration."""
+    rivals = [rival for match in matches for rival in solve(config, match, seq_len)]
     head = ["equal", "by", "width", "paper's", "parameters", "MFLOP/token", "cache", "off by"]
     rows = [head, ["(this)", "", "", "", *_costs(config, seq_len), ""]]
     keys = []
-    for match in matches:
-        for rival in solve(config, match, seq_len):
-            theirs = paper_width(config, match) if rival.by == "width" else None
-            rows.append(
-                [
-                    match,
-                    rival.by,
-                    str(rival.width),
-                    "" if theirs is None else str(theirs),
-                    *_costs(rival.config, seq_len),
-                    f"{100 * (rival.cost / rival.target - 1):+.2f}%",
-                ]
-            )
-            keys.append(f"{match} by {rival.by}: mixer={_yaml(rival.mixer)}")
+    for rival in rivals:
+        theirs = paper_width(config, rival.match) if rival.by == "width" else None
+        rows.append(
+            [
+                rival.match,
+                rival.by,
+                str(rival.width),
+                "" if theirs is None else str(theirs),
+                *_costs(rival.config, seq_len),
+                f"{100 * (rival.cost / rival.target - 1):+.2f}%",
+            ]
+        )
+        keys.append(f"{rival.match} by {rival.by}: mixer={_yaml(rival.mixer)}")
     title = f"Transformers that cost as much after {seq_len:,} tokens (cache in bfloat16)"
     return "\n".join([title, columns(rows), "", *keys])
 

@@ -183,7 +183,7 @@ def quality_table(told: Told) -> Table:
     head += ["training tokens/s", "peak memory"]
     with_paper = any(row.paper for row in told.rows)
     if with_paper:
-        head += ["paper: perplexity/token", f"paper: {to}", "paper: tokens"]
+        head += ["paper: perplexity/token", f"paper: {to}", "paper: tokens", "paper: parameters"]
     return head, [_quality_row(told, row, texts, with_paper) for row in told.rows]
 
 
@@ -206,11 +206,13 @@ def _quality_row(told: Told, row: Row, texts: list[str], with_paper: bool) -> li
 
 
 def _paper_cells(paper: dict[str, Any], reference: dict[str, Any], than: str) -> list[str]:
-    """The paper's perplexity, how far it is above that of its reference, and its tokens."""
+    """The paper's perplexity, how far it is above that of its reference, its tokens, its
+    parameters."""
     if not paper:
-        return ["", "", ""]
+        return ["", "", "", ""]
     ratio = _signed(paper_above(paper, reference), than)
-    return [f"{paper['perplexity']:.2f}", ratio, _millions(paper["tokens"])]
+    tokens, parameters = paper["tokens"], 1e6 * paper["parameters_millions"]
+    return [f"{paper['perplexity']:.2f}", ratio, _millions(tokens), _millions(parameters)]
 
 
 def paper_above(paper: dict[str, Any], reference: dict[str, Any]) -> float | None:

@@ -28,6 +28,12 @@ def _bytes(study: str, variant: str) -> int:
         ("main", "width-window-P8", "chunk-P8"),
         ("long-context", "window-P8", "attamba-P8"),
         ("recall", "window-bytes", "chunk-P8"),
+        ("recall-full", "window-bytes", "chunk-P8"),
+        ("recall-distance", "window-bytes", "chunk-P8"),
+        ("passkey-gentle", "window-P8", "attamba-P8"),
+        ("passkey-gentle", "P2-G2", "attamba-P8"),
+        ("passkey-long", "window-P8", "attamba-heads-P8"),
+        ("passkey-long", "P2-G2", "attamba-heads-P8"),
     ],
 )
 def test_equal_bytes_are_equal(study, variant, ours):
@@ -60,3 +66,14 @@ def test_compressors_are_compared_at_equal_parameters():
     runs = load_study(FOLDER / "compressors.yaml").runs("full")
     sizes = [n_parameters(run.config().model) for run in runs]
     assert max(sizes) / min(sizes) < 1.0005
+
+
+def test_recurrent_models_of_the_long_run_are_as_large_as_its_transformer():
+    from attamba.models.accounting import n_parameters
+
+    runs = load_study(FOLDER / "long-run.yaml").runs("full")
+    sizes = {run.variant: n_parameters(run.config().model) for run in runs}
+    recurrent = {v: n for v, n in sizes.items() if v.startswith(("mamba2", "hawk", "mingru"))}
+    assert len(recurrent) == 5
+    for size in recurrent.values():
+        assert size == pytest.approx(sizes["transformer"], rel=0.005)

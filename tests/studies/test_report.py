@@ -43,9 +43,9 @@ SCORES = {
 NUMBERS = {
     "source": "a paper",
     "runs": {
-        "p": {"perplexity": 33.5, "tokens": 1_000_000},
-        "q": {"perplexity": 30.0, "tokens": 1},
-        "r": {"perplexity": 40.0, "tokens": 1_000_000},
+        "p": {"perplexity": 33.5, "tokens": 1_000_000, "parameters_millions": 60.0},
+        "q": {"perplexity": 30.0, "tokens": 1, "parameters_millions": 60.0},
+        "r": {"perplexity": 40.0, "tokens": 1_000_000, "parameters_millions": 52.5},
     },
 }
 

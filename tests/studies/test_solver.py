@@ -124,3 +124,16 @@ def test_other_mixers_are_refused(capsys):
     assert "whose mixer is of type attamba; this has transformer" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="this has a list of mixers"):
         solve(ModelConfig(mixer=[AttambaMixer(), TransformerMixer()]), "kv", 10)
+
+
+@pytest.mark.parametrize("boundary", ["first_attention", "{type: separator, tokens: [1]}"])
+def test_chunk_ends_that_are_not_known_beforehand_are_refused(boundary, capsys):
+    path = str(PAPER / "attamba-p8.yaml")
+    assert main(["study", "solve", path, f"mixer.boundary={boundary}"]) == 2
+    assert "solve with mixer.boundary=uniform and mixer.chunk_size set" in capsys.readouterr().err
+
+
+def test_the_paper_s_rule_says_nothing_about_shared_heads():
+    config = load_run_config(PAPER / "attamba-p8.yaml").model
+    shared = override_model(config, {"mixer.n_kv_heads": 2, "mixer.kv_proj": True})
+    assert paper_width(config, "kv") == 64 and paper_width(shared, "kv") is None
