@@ -32,20 +32,24 @@ DTYPES = ("float32", "bfloat16")
 def add_common_arguments(parser: argparse.ArgumentParser, lengths: str) -> None:
     """The options of every benchmark. `lengths`: default of --lengths, e.g. "1k,2k"."""
     parser.add_argument("--dim", type=int, default=512, help="model width (default: 512)")
-    parser.add_argument("--layers", type=int, default=8, help="layers (default: 8)")
     parser.add_argument("--chunk-size", type=int, default=8, help="Attamba's P (default: 8)")
-    parser.add_argument("--batch-size", type=int, help="rows (default: 1)")
     parser.add_argument(
         "--lengths", default=lengths, help=f"tokens, comma-separated (default: {lengths})"
     )
     parser.add_argument(
         "--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ..."
     )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of benchmarks of whole models; see fill_in."""
+    parser.add_argument("--layers", type=int, default=8, help="layers (default: 8)")
+    parser.add_argument("--batch-size", type=int, help="rows (default: 1)")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of weights (default: bfloat16 on CUDA, else float32)"
     )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
 
 
 def fill_in(args: argparse.Namespace, device: torch.device) -> None:

@@ -27,6 +27,7 @@ LENGTHS = "1k,2k,4k,8k,16k,32k,64k"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `attamba bench decode`."""
     common.add_common_arguments(parser, LENGTHS)
+    common.add_model_arguments(parser)
     parser.add_argument(
         "--repeats", type=int, default=24, help="timed steps of each model (default: 24)"
     )

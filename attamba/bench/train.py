@@ -26,6 +26,7 @@ LENGTHS = "1k,2k,4k,8k,16k"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `attamba bench train`."""
     common.add_common_arguments(parser, LENGTHS)
+    common.add_model_arguments(parser)
     parser.add_argument(
         "--repeats", type=int, default=3, help="timed steps of each model (default: 3)"
     )

@@ -125,7 +125,6 @@ def test_entries_that_give_one_program_more_a_share(batch):
         assert relative(out, _dense(q, keys, values, seen)) < 1e-2, step
         assert (held.arrivals == 0).all()
         lengths = lengths + 1
-        lengths = lengths + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -246,7 +246,11 @@ def test_no_square_of_scores_is_ever_made(packed):
         ({"v": torch.zeros(2, 11, 2, 8)}, r"v \[2, 11, 2, 8\] must both be \[B, Tk, G, D\]"),
         ({"q": torch.zeros(3, 10, 4, 8)}, "with B=3, D=8"),
         ({"q": torch.zeros(2, 11, 4, 8)}, r"q \[2, 11, 4, 8\] has more positions than k"),
-        ({"q": torch.zeros(2, 10, 3, 8)}, "heads that 2 key/value heads do not divide"),
+        ({"q": torch.zeros(2, 10, 8)}, r"q \[2, 10, 8\] and k .* must be \[B, T, heads, D\]"),
+        (
+            {"q": torch.zeros(2, 10, 3, 8)},
+            "3 heads, which 2 key/value heads do not divide; fit H or G",
+        ),
         ({"doc_ids": torch.zeros(10).long()}, r"doc_ids has shape \[10\], expected \[2, 10\]"),
     ],
 )

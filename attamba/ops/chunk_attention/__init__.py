@@ -41,6 +41,8 @@ def chunk_attention(
     backend = "torch" if whole and backend == "auto" else choose(backend, q.device, q.dtype)
     if leading_tokens is not None and leading_tokens < 0:
         raise ValueError(f"leading_tokens={leading_tokens} must be at least 0, or None for all")
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must be [B, T, heads, D]")
     batch, n_queries, heads, width = q.shape
     n_keys, kv_heads = k.shape[1:3]
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != width:
@@ -48,10 +50,15 @@ def chunk_attention(
             f"k {list(k.shape)} and v {list(v.shape)} must both be [B, Tk, G, D] "
             f"with B={batch}, D={width}"
         )
-    if n_keys < n_queries or heads % kv_heads:
+    if n_keys < n_queries:
         raise ValueError(
-            f"q {list(q.shape)} has more positions than k {list(k.shape)}, "
-            f"or heads that {kv_heads} key/value heads do not divide"
+            f"q {list(q.shape)} has more positions than k {list(k.shape)}; queries are the last "
+            f"Tq positions of the keys, so pass the keys of all of them"
+        )
+    if heads % kv_heads:
+        raise ValueError(
+            f"q {list(q.shape)} has {heads} heads, which {kv_heads} key/value heads do not divide; "
+            f"fit H or G"
         )
     if doc_ids is not None and tuple(doc_ids.shape) != (batch, n_keys):
         raise ValueError(f"doc_ids has shape {list(doc_ids.shape)}, expected {[batch, n_keys]}")

@@ -96,11 +96,14 @@ def _slope(
 
 @triton.jit
 def _place(n_tiles, n_heads, R: tl.constexpr):
-    """Tile, row, query head, key/value head of this program; late tiles, the longest, first."""
+    """Tile, row, query head, key/value head of this program; late tiles, the longest, first.
+
+    All but the tile are int64: rows, and heads where they lie before tokens, may be far apart.
+    """
     program = tl.program_id(0)
     tile = n_tiles - 1 - program % n_tiles
     both = program // n_tiles
-    head = both % n_heads
+    head = (both % n_heads).to(tl.int64)
     return tile, (both // n_heads).to(tl.int64), head, head // R
 
 
@@ -294,7 +297,7 @@ def past_kernel(
     """
     n_tiles, groups = tl.cdiv(n_keys, BN), n_heads // R
     both = tl.program_id(0) // n_tiles
-    row, group = (both // groups).to(tl.int64), both % groups
+    row, group = (both // groups).to(tl.int64), (both % groups).to(tl.int64)
     first_slot = tl.program_id(0) % n_tiles * BN
     before_row = before + (row * rows_b + group * rows_g) * (n_keys + 1)
     index_row = index + (row * rows_b + group * rows_g) * n_keys
@@ -358,7 +361,7 @@ def window_kernel(
     """
     n_tiles, groups = tl.cdiv(n_keys, BN), n_heads // R
     both = tl.program_id(0) // n_tiles
-    row, group = (both // groups).to(tl.int64), both % groups
+    row, group = (both // groups).to(tl.int64), (both % groups).to(tl.int64)
     first = tl.program_id(0) % n_tiles * BN
     s = first + tl.arange(0, BN)
     far, valid = s.to(tl.int64), s < n_keys

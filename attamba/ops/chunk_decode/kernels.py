@@ -110,9 +110,9 @@ def attend_step_kernel(
     finish adds the new token and the entry that it pushes out, writes both, and reduces.
 
     Until then nothing of the cache changes, so no program sees half of a step: those that have no
-    share are waited for as well. With MORE what is
-    held is read beside the kernels that make it: queries must have been made before compress_step
-    (which lets nobody start before all that precedes it has ended).
+    share are waited for as well. With MORE what is held is read beside the kernels that make it:
+    queries must have been made before compress_step (which lets nobody start before all that
+    precedes it has ended).
     """
     if EARLY:
         let_successor_start(OVERLAP)

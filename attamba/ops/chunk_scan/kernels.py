@@ -72,7 +72,8 @@ def sigmoid(x, PTX: tl.constexpr):
 @triton.jit
 def _running_sum(dt, A, token, ok, head, dt_t, dt_s):
     """dt and the running sum of A dt, float32 [Q]; no step past the end."""
-    step = tl.load(dt + token * dt_t + head * dt_s, mask=ok, other=0.0).to(tl.float32)
+    at = dt + token * dt_t + tl.cast(head, tl.int64) * dt_s
+    step = tl.load(at, mask=ok, other=0.0).to(tl.float32)
     return step, tl.cumsum(step * tl.load(A + head).to(tl.float32), 0)
 
 
@@ -106,7 +107,7 @@ def tile_states(
     Q: tl.constexpr, NP: tl.constexpr, WP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of each tile: the state that its own tokens leave, and the factor [B, n, S] on an older."""
-    tile, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, group, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     begin = tile * Q
     row, n, w = tl.arange(0, Q), tl.arange(0, NP), tl.arange(0, WP)
     ok = begin + row < seq
@@ -122,7 +123,7 @@ def tile_states(
         step, cum = _running_sum(dt, A, token, ok, head, dt_t, dt_s)
         total = tl.sum(tl.where(row == Q - 1, cum, 0.0), 0)
         to_end = tl.exp(tl.where(row >= last, total - cum, float("-inf"))) * step
-        at = x + token[:, None] * x_t + head * x_s + w[None, :]
+        at = x + token[:, None] * x_t + tl.cast(head, tl.int64) * x_s + w[None, :]
         value = tl.load(at, mask=columns(ok, w, W, WP), other=0.0)
         value = (value.to(tl.float32) * to_end[:, None]).to(write.dtype)
         state = tl.dot(tl.trans(write), value, input_precision=PRECISION)
@@ -183,7 +184,7 @@ def tile_outputs(
     Q: tl.constexpr, NP: tl.constexpr, WP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y [B, T, S, W], contiguous."""
-    tile, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, group, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     begin = tile * Q
     row, n, w = tl.arange(0, Q), tl.arange(0, NP), tl.arange(0, WP)
     ok = begin + row < seq
@@ -199,7 +200,7 @@ def tile_outputs(
     scores = tl.dot(read, tl.trans(write), input_precision=PRECISION)
     for head in range(group * (S // K), (group + 1) * (S // K)):
         step, cum = _running_sum(dt, A, token, ok, head, dt_t, dt_s)
-        at = x + token[:, None] * x_t + head * x_s + w[None, :]
+        at = x + token[:, None] * x_t + tl.cast(head, tl.int64) * x_s + w[None, :]
         value = tl.load(at, mask=w_exists, other=0.0)
         mixing = scores * _decay(cum, first, Q) * step[None, :]
         out = tl.dot(mixing.to(value.dtype), value, input_precision=PRECISION)
@@ -222,7 +223,7 @@ def tile_state_gradients(
     Q: tl.constexpr, NP: tl.constexpr, WP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a tile's outputs alone give to the gradient of the state that enters it."""
-    tile, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, group, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     begin = tile * Q
     row, n, w = tl.arange(0, Q), tl.arange(0, NP), tl.arange(0, WP)
     ok = begin + row < seq
@@ -254,7 +255,7 @@ def tile_gradients(
 
     Grid: tiles x heads x B. What heads of a group share, tile_shared_gradients adds up.
     """
-    tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     group = head // (S // K)
     begin = tile * Q
     row, n, w = tl.arange(0, Q), tl.arange(0, NP), tl.arange(0, WP)
@@ -324,7 +325,7 @@ def tile_shared_gradients(
     Q: tl.constexpr, NP: tl.constexpr, WP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of B and C, contiguous: sums over the heads of a group. Grid: tiles x K x B."""
-    tile, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, group, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     begin = tile * Q
     row, n, w = tl.arange(0, Q), tl.arange(0, NP), tl.arange(0, WP)
     ok = begin + row < seq
@@ -344,7 +345,7 @@ def tile_shared_gradients(
     for head in range(group * (S // K), (group + 1) * (S // K)):
         step, cum = _running_sum(dt, A, token, ok, head, dt_t, dt_s)
         total = tl.sum(tl.where(row == Q - 1, cum, 0.0), 0)
-        at = x + token[:, None] * x_t + head * x_s + w[None, :]
+        at = x + token[:, None] * x_t + tl.cast(head, tl.int64) * x_s + w[None, :]
         value = tl.load(at, mask=w_exists, other=0.0)
         at = dy + (whole * S + head)[:, None] * W + w[None, :]
         grad = tl.load(at, mask=w_exists, other=0.0)
