@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -230,3 +231,42 @@ def test_shapes_that_disagree():
         attend_step(q, k, k, held, lengths, more=(k, k[:, :1]))
     with pytest.raises(ValueError, match=r"rotary has \[2, 2\], expected \[B or 1, 1, D/2\]"):
         attend_step(q, k, k, held, lengths, rotary=(torch.zeros(2, 2), torch.zeros(2, 2)))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_shapes_of_a_state_that_disagree(backend):
+    """Nothing is written then: the state is as it was."""
+    batch, inner, heads, state, taps = 3, 8, 2, 4, 4
+    channels = 2 * (inner + 2 * state)
+    shapes = ((channels, taps), (2, heads), (2, heads), (2, heads))
+    weights = CompressorWeights(*(torch.randn(shape) for shape in shapes))
+    projected = torch.randn(batch, 2 * inner + channels + 2 * heads)
+    h = torch.randn(batch, 2 * heads, state, inner // heads)
+    conv = torch.randn(batch, taps - 1, channels)
+    before = h.clone(), conv.clone()
+    some = torch.ones(batch, dtype=torch.bool)
+
+    def raises(match: str, **changed: Any) -> None:
+        given = {"projected": projected, "h": h, "conv": conv, "weights": weights, **changed}
+        with pytest.raises(ValueError, match=re.escape(match)):
+            compress_step(**given, backend=backend)
+        assert torch.equal(h, before[0]) and torch.equal(conv, before[1])
+
+    sizes = "for h of shape [3, 4, 4, 4] and weights.conv of shape [32, 4]"
+    raises(f"conv has shape [3, 2, 32], expected [3, 3, 32] {sizes}", conv=conv[:, 1:])
+    raises(f"conv has shape [3, 3, 31], expected [3, 3, 32] {sizes}", conv=conv[..., 1:])
+    raises(f"conv has shape [1, 3, 32], expected [3, 3, 32] {sizes}", conv=conv[:1])
+    for wrong in (projected[:, :-1], projected[:2], projected[0]):
+        shape = list(wrong.shape)
+        raises(f"projected has shape {shape}, expected [3, 52] {sizes}", projected=wrong)
+    for name in ("starts", "mask"):
+        for wrong in (some[:1], some[:, None], some.repeat(2)):
+            raises(f"{name} has shape {list(wrong.shape)}, expected [3] {sizes}", **{name: wrong})
+    for name in ("A_log", "dt_bias", "D_skip"):
+        narrow = weights._replace(**{name: getattr(weights, name)[:, :1]})
+        raises(f"weights.{name} has shape [2, 1], expected [2, 2] {sizes}", weights=narrow)
+    for wrong in (weights.conv[:31], weights.conv[0], weights.conv[:, :0]):
+        match = f"weights.conv has shape {list(wrong.shape)}, expected [32, r+1] for h of shape"
+        raises(f"{match} [3, 4, 4, 4]", weights=weights._replace(conv=wrong))
+    for wrong in (h[:, :3], h[0]):
+        raises(f"h has shape {list(wrong.shape)}; it must be [B, 2S, N, W]", h=wrong)

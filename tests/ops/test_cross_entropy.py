@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,6 +72,17 @@ def test_half_precision_is_read_as_float32():
     assert nats.dtype == torch.float32 and torch.allclose(nats, want[0], atol=1e-5)
     assert gradient.dtype == torch.float16
     assert torch.allclose(gradient.float(), want[1], rtol=2**-10, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_shapes_that_disagree(backend):
+    logits, targets = torch.randn(4, 7), torch.zeros(4, dtype=torch.long)
+    for wrong in (targets[:3], targets[:1], targets.repeat(2), targets[:, None], targets[0]):
+        match = rf"targets has shape {re.escape(str(list(wrong.shape)))}, expected \[4\] for logits"
+        with pytest.raises(ValueError, match=match + r" of shape \[4, 7\]"):
+            cross_entropy(logits, wrong, IGNORED, backend)
+    with pytest.raises(ValueError, match=r"logits has shape \[2, 2, 7\]; it must be \[R, V\]"):
+        cross_entropy(logits.view(2, 2, 7), targets.view(2, 2), IGNORED, backend)
 
 
 def test_is_an_operator():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -100,6 +102,52 @@ def test_no_tokens():
         table = rotary_table(torch.arange(0)[None], 8, 1e4)
         got = with_positions(q, k, v, table, *rest, backend="triton")
         assert [t.shape for t in got] == [q.shape, k.shape, v.shape]
+
+
+def _raises(match: str, backend: str, *tensors: Tensor, table: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *direct = tensors
+    with pytest.raises(ValueError, match=match):
+        with_positions(q, k, v, table, *direct, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_tables_that_do_not_fit(backend):
+    tensors = inputs(3, 7, (4, 2), 8, 0)
+    fits = rotary_table(torch.arange(7)[None], 8, 1e4)
+    expected = r", expected \[B or 1, T, 1, D/2\] with B=3, T=7, D=8"
+    for wrong, shape in (
+        (rotary_table(torch.arange(6)[None], 8, 1e4), r"\[1, 6, 1, 4\]"),
+        (rotary_table(torch.arange(8)[None], 8, 1e4), r"\[1, 8, 1, 4\]"),
+        (rotary_table(torch.arange(1)[None], 8, 1e4), r"\[1, 1, 1, 4\]"),
+        (rotary_table(torch.arange(14).view(2, 7), 8, 1e4), r"\[2, 7, 1, 4\]"),
+        (rotary_table(torch.arange(7)[None], 6, 1e4), r"\[1, 7, 1, 3\]"),
+        ((fits[0], fits[1][:, :5]), r"\[1, 5, 1, 4\]"),
+        ((fits[0][:, :, 0], fits[1]), r"\[1, 7, 4\]"),
+    ):
+        _raises(f"rotary has {shape}{expected}", backend, *tensors, table=wrong)
+    mixed = (fits[0].expand(3, -1, -1, -1), fits[1])
+    match = r"a cosine of \[3, 7, 1, 4\] and a sine of \[1, 7, 1, 4\]; they must have one shape"
+    _raises(match, backend, *tensors, table=mixed)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_shapes_that_disagree(backend):
+    q, k, v = inputs(3, 7, (4, 2), 8, 0)
+    table = rotary_table(torch.arange(7)[None], 8, 1e4)
+    must = r"must both be \[B, T, G, D\] with B=3, T=7, D=8, as q is"
+    for more in ((), (k,)):
+        match = rf"k \[3, 5, 2, 8\] and v \[3, 5, 2, 8\] {must}"
+        _raises(match, backend, q, k[:, :5], v[:, :5], *more, table=table)
+        match = rf"k \[3, 7, 2, 8\] and v \[1, 7, 2, 8\] {must}"
+        _raises(match, backend, q, k, v[:1], *more, table=table)
+        match = r"q has shape \[3, 7, 4, 7\]; it must be \[B, T, H, D\] with D even"
+        _raises(match, backend, q[..., :7], k, v, *more, table=table)
+    for pair in ((), (2,)):
+        for batch, seq, heads in ((3, 6, 2), (3, 8, 2), (1, 7, 2), (3, 7, 1)):
+            direct = torch.randn(batch, seq, *pair, heads, 8)
+            found = re.escape(str(list(direct.shape)))
+            match = rf"direct has {found}, expected \[3, 7, 2, 8\] as k, or \[3, 7, 2, 2, 8\]"
+            _raises(match, backend, q, k, v, direct, table=table)
 
 
 @pytest.mark.parametrize("direct", [0, 1, 2])

@@ -81,6 +81,21 @@ def test_a_frozen_weight():
     assert torch.allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_shapes_that_disagree(backend):
+    x, weight = torch.randn(2, 9, 16), torch.randn(5, 8)
+    match = r"x has shape \[2, 9, 15\]; it must be \[B, T, 2F\], whose last width is even"
+    for narrow in (weight, weight[:, :7]):
+        with pytest.raises(ValueError, match=match):
+            gated_product(x[..., :15], narrow, backend)
+    with pytest.raises(ValueError, match=r"x has shape \[9, 16\]; it must be \[B, T, 2F\]"):
+        gated_product(x[0], weight, backend)
+    for wrong, shape in ((weight[:, :7], r"\[5, 7\]"), (weight[0], r"\[8\]")):
+        match = rf"weight has shape {shape}, expected \[N, 8\] for x of shape \[2, 9, 16\]"
+        with pytest.raises(ValueError, match=match):
+            gated_product(x, wrong, backend)
+
+
 def test_are_operators():
     from attamba.ops.swiglu import triton as module
 

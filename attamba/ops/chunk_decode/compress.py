@@ -52,8 +52,10 @@ def compress_step(
         backend: see attamba.ops. "triton" writes the new state over h and conv and computes no
             gradients; the others leave h and conv alone.
 
-    Returns y [B, 2, E] in projected's dtype, and the new h and conv.
+    Returns y [B, 2, E] in projected's dtype, and the new h and conv. Raises ValueError where
+    shapes disagree, and for backend "triton" where it cannot run.
     """
+    _check(projected, h, conv, weights, starts, mask)
     backend = choose(backend, projected.device, projected.dtype)
     if backend == "triton":
         from attamba.ops.chunk_decode.triton import compress_step_triton
@@ -64,6 +66,41 @@ def compress_step(
 
         return compress_step_reference(projected, h, conv, weights, starts, mask)
     return _compress_step_torch(projected, h, conv, weights, starts, mask)
+
+
+def _check(
+    projected: Tensor,
+    h: Tensor,
+    conv: Tensor,
+    weights: CompressorWeights,
+    starts: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    """The kernel knows all sizes from h and weights.conv, and reads the rest as if it fitted."""
+    if h.dim() != 4 or h.shape[1] % 2:
+        raise ValueError(f"h has shape {list(h.shape)}; it must be [B, 2S, N, W]")
+    batch, heads, state, width = h.shape
+    channels = heads * width + 4 * state
+    if weights.conv.dim() != 2 or weights.conv.shape[0] != channels or not weights.conv.shape[1]:
+        raise ValueError(
+            f"weights.conv has shape {list(weights.conv.shape)}, expected [{channels}, r+1] "
+            f"for h of shape {list(h.shape)}"
+        )
+    shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "projected": (projected, (batch, heads * width + channels + heads)),
+        "conv": (conv, (batch, weights.conv.shape[1] - 1, channels)),
+        "weights.A_log": (weights.A_log, (2, heads // 2)),
+        "weights.dt_bias": (weights.dt_bias, (2, heads // 2)),
+        "weights.D_skip": (weights.D_skip, (2, heads // 2)),
+        "starts": (starts, (batch,)),
+        "mask": (mask, (batch,)),
+    }
+    for name, (tensor, wanted) in shapes.items():
+        if tensor is not None and tensor.shape != wanted:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, expected {list(wanted)} for h of shape "
+                f"{list(h.shape)} and weights.conv of shape {list(weights.conv.shape)}"
+            )
 
 
 def _compress_step_torch(

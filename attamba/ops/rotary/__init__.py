@@ -78,8 +78,9 @@ def with_positions(
 
     q: [B, T, H, D]; k, v: [B, T, G, D]; direct: [B, T, G, D], for keys and values alike, or
     [B, T, 2, G, D], all of one dtype. rotary: cosine and sine, float32 [B or 1, T, 1, D/2].
-    Raises ValueError for backend "triton" where it cannot run.
+    Raises ValueError where shapes disagree, and for backend "triton" where it cannot run.
     """
+    _check(q, k, v, rotary, direct)
     if choose(backend, q.device, q.dtype) == "triton":
         from attamba.ops.rotary.triton import rotate_pair, rotate_sums
 
@@ -89,6 +90,36 @@ def with_positions(
     if direct is not None:
         k, v = with_direct(k, v, direct)
     return rotate(q, rotary), rotate(k, rotary), v
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], direct: Tensor | None
+) -> None:
+    """The kernel takes all sizes from q and k, and would read beyond tensors that are shorter."""
+    if q.dim() != 4 or q.shape[3] % 2:
+        raise ValueError(f"q has shape {list(q.shape)}; it must be [B, T, H, D] with D even")
+    batch, seq, _, width = q.shape
+    if k.dim() != 4 or k.shape != (batch, seq, k.shape[2], width) or v.shape != k.shape:
+        raise ValueError(
+            f"k {list(k.shape)} and v {list(v.shape)} must both be [B, T, G, D] "
+            f"with B={batch}, T={seq}, D={width}, as q is"
+        )
+    for tensor in rotary:
+        if tensor.shape not in ((1, seq, 1, width // 2), (batch, seq, 1, width // 2)):
+            raise ValueError(
+                f"rotary has {list(tensor.shape)}, expected [B or 1, T, 1, D/2] with B={batch}, "
+                f"T={seq}, D={width}"
+            )
+    if rotary[0].shape != rotary[1].shape:  # the kernel reads both with one index
+        raise ValueError(
+            f"rotary has a cosine of {list(rotary[0].shape)} and a sine of "
+            f"{list(rotary[1].shape)}; they must have one shape"
+        )
+    pair = (batch, seq, 2, k.shape[2], width)
+    if direct is not None and direct.shape not in (k.shape, pair):
+        raise ValueError(
+            f"direct has {list(direct.shape)}, expected {list(k.shape)} as k, or {list(pair)}"
+        )
 
 
 def with_direct(k: Tensor, v: Tensor, direct: Tensor) -> tuple[Tensor, Tensor]:
