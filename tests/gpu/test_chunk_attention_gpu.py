@@ -54,7 +54,8 @@ def layer_ends(boundary, chunk_size, seq, groups=2, tokens=None, doc_ids=None) -
     policy = make_boundary(
         boundary, chunk_size=chunk_size, layer_idx=1, n_layers=3, n_kv_heads=groups, sink=True
     )
-    return policy(make_span(seq, torch.device("cuda"), tokens=tokens, doc_ids=doc_ids))[0]
+    draw = torch.tensor(3, device="cuda")  # without one, jitter's ends are those of cyclic
+    return policy(make_span(seq, draw.device, tokens=tokens, doc_ids=doc_ids, draw=draw))[0]
 
 
 def documents(batch, seq, rate=0.01) -> Tensor:
@@ -82,7 +83,7 @@ POLICIES = [
 @pytest.mark.parametrize("boundary", POLICIES, ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("lead", [0, 7, 64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_every_policy_and_packed_documents(boundary, packed, lead, dtype):
     seq = 700
     tokens = torch.randint(9, (2, seq), device="cuda")
@@ -108,7 +109,7 @@ def test_fewer_queries_than_keys(lead, ends, packed):
     check(inputs(500, torch.float32, n_queries=130), ends, lead, doc_ids)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_inputs(dtype):
     seq, ends = 300, torch.rand(300, device="cuda") < 0.2
     packed = torch.randn(2, seq, 8, 64, device="cuda", dtype=dtype)
@@ -196,6 +197,20 @@ def test_rows_that_are_far_apart():
     far.copy_(k)
     ends = layer_ends("cyclic", 8, seq, 1)
     got, want = (run("triton", [q, t, v, weight], ends, 64) for t in (far, k))
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_heads_that_are_far_apart(which):
+    """Heads before tokens, the last of them beyond 2**31 numbers, of q, k, v and out's gradient."""
+    heads, apart = 6, 2**29
+    near = [t[:1] for t in inputs(300, torch.bfloat16, heads, heads)]
+    room = torch.empty(heads * apart, device="cuda", dtype=torch.bfloat16)
+    far = list(near)
+    far[which] = room.as_strided((1, 300, heads, 64), (heads * apart, 64, apart, 1))
+    far[which].copy_(near[which])
+    ends = layer_ends("cyclic", 8, 300, heads)
+    got, want = (run("triton", tensors, ends, 20) for tensors in (far, near))
     assert all(map(torch.equal, got, want))
 
 

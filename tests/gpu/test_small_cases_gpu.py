@@ -6,7 +6,7 @@ import pytest
 import torch
 from drawing import VOCAB, build
 
-from attamba.ops import chunk_attention, chunk_scan, compress
+from attamba.ops import chunk_attention, chunk_scan, compress, linear_scan
 from attamba.ops.cross_entropy import cross_entropy
 from attamba.ops.rotary import rotary_table, with_positions
 from attamba.ops.swiglu import gated_product
@@ -34,12 +34,14 @@ def test_attention(dtype, packed):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("longest", [5, None])
 def test_compress(dtype, longest):
-    proj = torch.randn(2, 67, 4 * 32 + 4 * 5 + 2 * 2, device="cuda", dtype=dtype)
+    """Without a longest chunk in enough tiles for two segments, between which states are passed."""
+    seq = 67 if longest else 200
+    proj = torch.randn(2, seq, 4 * 32 + 4 * 5 + 2 * 2, device="cuda", dtype=dtype)
     proj.requires_grad_()
     weight = torch.randn(2 * 32 + 4 * 5, 4, device="cuda", requires_grad=True)
     A = -torch.rand(2, 2, device="cuda") - 0.01
     bias, skip = (torch.randn(2, 2, device="cuda") for _ in range(2))
-    starts = torch.arange(67, device="cuda") % 5 == 2
+    starts = torch.arange(seq, device="cuda") % 5 == 2
     halves = compress(
         proj, weight, A, bias, skip, starts, state_dim=5, longest=longest, backend="triton"
     )
@@ -73,6 +75,13 @@ def test_scan():
     B, C = (torch.randn(2, 67, 2, 9, device="cuda", requires_grad=True) for _ in "BC")
     starts = torch.rand(2, 67, device="cuda") < 0.1
     backward(chunk_scan(x, dt, A, B, C, starts, backend="triton"), x, B, C)
+
+
+def test_linear_scan():
+    """In two pieces, between which states are passed."""
+    a, b = (torch.rand(2, 513, 40, device="cuda", requires_grad=True) for _ in "ab")
+    starts = torch.rand(2, 513, device="cuda") < 0.01
+    backward(linear_scan(a, b, starts, backend="triton"), a, b)
 
 
 @pytest.mark.parametrize("boundary, scope", [("cyclic", "chunk"), ("head_cyclic", "sequence")])
