@@ -165,6 +165,9 @@ def _be_rank(
         limit = timedelta(seconds=60 if backend == "gloo" else 240)
         store = dist.PrefixStore(start, dist.TCPStore("localhost", port, timeout=limit))
         dist.init_process_group(backend, store=store, rank=rank, world_size=n, timeout=limit)
+        # One that ended at once would break the meeting of those that are still connecting.
+        store.set(f"met {rank}", "")
+        store.wait([f"met {other}" for other in range(n)], limit)
         queue.put((rank, pickle.dumps(work(*args))))  # a queue would share a tensor's memory
     except BaseException as error:
         queue.put((rank, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
