@@ -51,7 +51,7 @@ def memory_table(told: Told, score: str) -> Table:
         shares = [at_setting(row, score, key, value, "accuracy") for value in settings]
         cells = [with_diverged(row, _share(share)) for share in shares]
         cells = cells if row.results else [MISSING, *[""] * (len(settings) - 1)]
-        body.append([*_begin(row, budget_cells(row)), *cells, *speed_cells(row)])
+        body.append([*_begin(row, *budget_cells(row)), *cells, *speed_cells(row)])
     return head, body
 
 
@@ -118,9 +118,9 @@ def copy_table(told: Told, score: str) -> Table:
     return head, body
 
 
-def _begin(row: Row, budget: list[str] | None = None) -> list[str]:
+def _begin(row: Row, *budget: str) -> list[str]:
     cache = "" if row.cache_bytes is None else format_bytes(row.cache_bytes)
-    return [row.variant, f"{len(row.results)} of {row.n_seeds}", *(budget or []), cache]
+    return [row.variant, f"{len(row.results)} of {row.n_seeds}", *budget, cache]
 
 
 def setting_key(told: Told, score: str) -> str:
